@@ -1,0 +1,14 @@
+"""Certify a classifier that train.py has trained: clean, PGD and certified accuracy, and a certificate per image.
+
+Examples:
+  python certify.py --workdir runs/mnist
+  python certify.py --workdir runs/mnist --eps 0.79 --limit 1000 --output runs/mnist/half
+  python certify.py --workdir runs/mnist --split train --limit 500 --batch-size 100 --checkpoint last
+"""
+
+import pathlib
+
+from lipjax import commands
+
+if __name__ == "__main__":
+    commands.run(commands.certify, __doc__, pathlib.Path(__file__).name)

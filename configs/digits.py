@@ -1,0 +1,25 @@
+"""scikit-learn's digits (1,797 images of 8x8, bundled), a small CNN with clipped ReLU, Local-Lip-G at eps 0.5.
+
+Command:   python train.py --config configs/digits.py
+           python train.py --config configs/digits.py:gloro     (its twin with global norms)
+Hardware:  two CPU cores, less than two minutes.
+Expected:  see the table in README.md.
+"""
+
+from configs import common
+
+
+def get_config(method=None):
+    config = common.base(method)
+    config.data.name = "digits"
+    config.data.validation = 137
+    config.model.architecture = "small_cnn"
+    config.eps = 0.5
+    config.eps_train = 0.5
+    config.schedule.epochs = 60
+    config.schedule.batch_size = 100
+    config.schedule.learning_rate = 2e-3
+    config.schedule.learning_rate_end = 2e-5
+    config.power_iteration.num_iters = 2
+    config.certify.batch_size = 120
+    return config

@@ -1,0 +1,70 @@
+"""lipjax: training and certifying robust classifiers with local Lipschitz bounds, in JAX.
+
+The pure functions below ``jit``, ``vmap`` and ``grad``. Those that take a network take batches; layer methods take one
+example. The scripts ``train.py`` and ``certify.py`` are built from them.
+"""
+
+from importlib.metadata import version as _version
+
+from lipjax.attacks import pgd
+from lipjax.bounds import (
+    Bounds,
+    Estimate,
+    Given,
+    WarmStarted,
+    full_row_norms,
+    global_lipschitz,
+    global_norms,
+    local_lipschitz,
+    masked_row_norms,
+    propagate,
+)
+from lipjax.certificates import Certificate, certify
+from lipjax.layers import ClippedReLU, Conv, Dense, Identity, ReLU, convolution, dense
+from lipjax.losses import cross_entropy, gloro, mixed, sparsity
+from lipjax.margins import box_and_ball, pairwise_lipschitz, worst_logits, worst_margin
+from lipjax.networks import Block, Network, from_flax
+from lipjax.regions import Region, l2_ball
+from lipjax.spectral import LinearMap, converged_norm, power_iteration
+
+__version__ = _version("lipjax")
+
+__all__ = [
+    "Block",
+    "Bounds",
+    "Certificate",
+    "ClippedReLU",
+    "Conv",
+    "Dense",
+    "Estimate",
+    "Given",
+    "Identity",
+    "LinearMap",
+    "Network",
+    "ReLU",
+    "Region",
+    "WarmStarted",
+    "__version__",
+    "box_and_ball",
+    "certify",
+    "converged_norm",
+    "convolution",
+    "cross_entropy",
+    "dense",
+    "from_flax",
+    "full_row_norms",
+    "global_lipschitz",
+    "global_norms",
+    "gloro",
+    "l2_ball",
+    "local_lipschitz",
+    "masked_row_norms",
+    "mixed",
+    "pairwise_lipschitz",
+    "pgd",
+    "power_iteration",
+    "propagate",
+    "sparsity",
+    "worst_logits",
+    "worst_margin",
+]

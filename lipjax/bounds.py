@@ -1,0 +1,280 @@
+"""Bounds: one pass of a region through a network gives boxes, masks, norms and Lipschitz constants.
+
+Every method of the paper is this pass with parts absent: drop the box from the input region and it is GloRo or LMT,
+drop the ball and it is IBP, give norms of unmasked layers and it is BCP; with everything it is Local-Lip.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from lipjax import spectral
+from lipjax.layers import Activation, Affine
+from lipjax.networks import Network
+from lipjax.regions import Region, all_finite, l2_ball
+from lipjax.spectral import LinearMap
+
+class Norm(Protocol):
+    """How a pass gets its spectral norms: the one seam between bounds and norms.
+
+    Called with the place of a layer and its masked map, it gives sigma and whatever it wants to hand back (the next
+    start of a power iteration, say). Its ``level`` says what sigma is worth and is copied into every certificate.
+    """
+
+    @property
+    def level(self) -> str: ...
+
+    def __call__(self, place: int, linear_map: LinearMap) -> tuple[Array, Any]: ...
+
+
+# How a pass gets its row norms: the layer and the live columns, to one norm per output.
+RowNorms = Callable[[Affine, Array], Array]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Bounds:
+    """What one pass finds out, for one example. Tuples have one entry per block.
+
+    Attributes:
+        features: the region that contains the features of every input of the first region.
+        preactivations: the regions between affine layer and activation; their box is what the masks come from.
+        live: boolean masks of the activations that vary.
+        sigmas: norms of the masked layers (blocks,).
+        lipschitz: their product: a bound of the local Lipschitz constant of the feature map over the region, as good
+            as the norms are. Ones where the pass had no ball.
+        norm_results: what the norm handed back for each block.
+    """
+
+    features: Region
+    preactivations: tuple[Region, ...]
+    live: tuple[Array, ...]
+    sigmas: Array
+    lipschitz: Array
+    norm_results: tuple[Any, ...]
+
+
+def masked_row_norms(layer: Affine, live: Array) -> Array:
+    """Row norms over the live columns: what certification uses."""
+    return layer.row_norms(live)
+
+
+def full_row_norms(layer: Affine, live: Array) -> Array:
+    """Row norms over all columns: larger, but shared by all examples of a batch, which saves training a product."""
+    return layer.row_norms(jnp.ones_like(live))
+
+
+def propagate(network: Network, region: Region, norm: Norm, row_norms: RowNorms = masked_row_norms) -> Bounds:
+    """Carry one region through the feature map of a network.
+
+    For each block, with I the live coordinates that come in:
+
+    - center <- W center + b;
+    - box <- [mid - r, mid + r] with mid = W (upper + lower) / 2 + b, r = |W| (upper - lower) / 2, cut to
+      center +- radius ||W_i I|| [H21 Eq 21-23];
+    - sigma = ||I_out W I||, radius <- radius sigma [H21 Eq 6], then the activation's rule.
+
+    Args:
+        network: the classifier.
+        region: where the inputs lie, for one example; see :func:`lipjax.regions.l2_ball`.
+        norm: gives the spectral norm of each masked layer.
+        row_norms: gives the row norms of each layer.
+
+    Returns:
+        The bounds of one example; ``jax.vmap`` over regions for a batch.
+
+    Soundness:
+        Box and ball contain every reachable activation up to rounding, if the norms are upper bounds. With norms
+        estimated from below (power iteration) all of it is an estimate.
+
+    Reference:
+        [H21] sections 3.1 and 3.2.
+    """
+    preactivations, live, sigmas, norm_results = [], [], [], []
+    for place, block in enumerate(network.blocks):
+        region = region.reshape(block.affine.in_shape)
+        columns = region.live
+        before = preactivation(block.affine, region, row_norms)
+        if before.radius is None:
+            sigma, result = None, None
+        else:
+            rows = _live_rows(block.activation, before)
+            sigma, result = norm(place, linear_map(block.affine).masked(rows, columns))
+        region = activate(block.activation, before, sigma)
+        preactivations.append(before)
+        live.append(region.live)
+        norm_results.append(result)
+        sigmas.append(jnp.ones_like(region.center, shape=()) if sigma is None else sigma)
+    region = region.reshape(network.head.in_shape)
+    stacked = jnp.stack(sigmas) if sigmas else jnp.ones_like(region.center, shape=(0,))
+    return Bounds(region, tuple(preactivations), tuple(live), stacked, jnp.prod(stacked), tuple(norm_results))
+
+
+def preactivation(layer: Affine, region: Region, row_norms: RowNorms = masked_row_norms) -> Region:
+    """The region after an affine layer and before its activation; ``radius`` is still that of the layer's input."""
+    center = layer(region.center)
+    lower, upper = None, None
+    if region.lower is not None and region.upper is not None:
+        mid = layer((region.upper + region.lower) / 2)
+        half = layer.absolute((region.upper - region.lower) / 2)
+        lower, upper = mid - half, mid + half
+        if region.radius is not None:
+            ball = region.radius * row_norms(layer, region.live)
+            lower, upper = jnp.maximum(lower, center - ball), jnp.minimum(upper, center + ball)
+    finite = region.finite & all_finite(lower, upper, center)
+    return Region(lower, upper, center, region.radius, jnp.ones(center.shape, bool), finite)
+
+
+def activate(activation: Activation, before: Region, sigma: Array | None) -> Region:
+    """The region after an activation, given the norm of the masked layer before it."""
+    radius = None if before.radius is None or sigma is None else before.radius * sigma
+    center = activation(before.center)
+    finite = before.finite & all_finite(center, radius)
+    if before.lower is None or before.upper is None:
+        return Region(None, None, center, radius, before.live, finite)
+    lower, upper = activation(before.lower), activation(before.upper)
+    return Region(lower, upper, center, radius, activation.live_outputs(before.lower, before.upper), finite)
+
+
+def linear_map(layer: Affine) -> LinearMap:
+    """A layer's matrix as products with a vector."""
+    return LinearMap(layer.linear, layer.adjoint(), layer.in_shape, layer.out_shape)
+
+
+def local_lipschitz(network: Network, x: Array, eps: Array | float, norm: Norm | None = None) -> Array:
+    """The local Lipschitz constant of the feature map (last dense layer excluded) on the eps-ball around each input.
+
+    The product of the norms of the layers with the rows and columns dropped whose neurons are constant on the ball:
+    ``||phi(x') - phi(x'')|| <= L ||x' - x''||`` for any two points of the ball [H21 Eq 6].
+
+    Args:
+        network: the classifier.
+        x: inputs (B, ...), in [0, 1] pixels.
+        eps: l2 radius of the balls, in pixels.
+        norm: gives the spectral norms; default :class:`Estimate` with key 0.
+
+    Returns:
+        Shape (B,).
+
+    Soundness:
+        As good as the norms: with :class:`Estimate` an estimate from below, not a bound.
+
+    Raises:
+        ValueError: x is not a batch of inputs of the network.
+    """
+    check_batch(network, x)
+    norm = Estimate(jax.random.key(0)) if norm is None else norm
+    return jax.vmap(lambda one: propagate(network, l2_ball(one, eps), norm).lipschitz)(x)
+
+
+def global_lipschitz(network: Network, norm: Norm | None = None) -> Array:
+    """The product of the norms of the whole layers up to the features: a constant for any two inputs.
+
+    Args:
+        network: the classifier.
+        norm: gives the spectral norms; default :class:`Estimate` with key 0.
+
+    Returns:
+        Scalar.
+
+    Soundness:
+        As good as the norms.
+    """
+    norm = Estimate(jax.random.key(0)) if norm is None else norm
+    return jnp.prod(global_norms(network, norm)[0])
+
+
+def global_norms(network: Network, norm: Norm) -> tuple[Array, tuple[Any, ...]]:
+    """The norms (blocks,) of the whole layers of the feature map, all rows and columns live, and what ``norm`` hands back."""
+    pairs = [norm(place, linear_map(block.affine)) for place, block in enumerate(network.blocks)]
+    dtype = network.head.kernel.dtype
+    return jnp.stack([sigma for sigma, _ in pairs]) if pairs else jnp.ones(0, dtype), tuple(r for _, r in pairs)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """Level ``estimate``: the paper's evaluation, power iteration from a random start to convergence, per example.
+
+    Hands back the number of iterations. Estimates from below; see :func:`lipjax.spectral.converged_norm`.
+
+    Attributes:
+        key: the starts are drawn from it, one per layer.
+        tol: stop when the vector moves by no more than this.
+        max_iters: cap on the iterations.
+    """
+
+    key: Array
+    tol: float = dataclasses.field(default=1e-3, metadata={"static": True})
+    max_iters: int = dataclasses.field(default=2000, metadata={"static": True})
+    level = "estimate"
+
+    def __call__(self, place: int, linear_map: LinearMap) -> tuple[Array, Array]:
+        oriented = linear_map.from_smaller_side()
+        start = jax.random.normal(jax.random.fold_in(self.key, place), oriented.in_shape)
+        return spectral.converged_norm(oriented, start, tol=self.tol, max_iters=self.max_iters)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class WarmStarted:
+    """Training: a few power iterations from stored vectors. Hands back the vectors to store for the next time.
+
+    A stored vector can be absorbed, at zero or in a part of the layer that newly live neurons cannot reach, so a
+    little noise, fresh in every step and shared by the examples, is added to it before iterating. Where the vector of
+    the whole layer, which is iterated in every step, is the better start for the masked layer, it is taken instead:
+    an example's own vector is only iterated once per epoch and lags behind the weights.
+
+    Attributes:
+        vectors: one start per block, on the smaller side of its layer, of length 1 or 0.
+        shared: one vector of the whole layer per block, or None.
+        key: the noise of this step is drawn from it.
+        num_iters: power iterations, at least 1.
+        noise: length of the noise.
+    """
+
+    vectors: tuple[Array, ...]
+    shared: tuple[Array, ...] | None
+    key: Array
+    num_iters: int = dataclasses.field(metadata={"static": True})
+    noise: float = dataclasses.field(default=0.01, metadata={"static": True})
+    level = "estimate"
+
+    def __call__(self, place: int, linear_map: LinearMap) -> tuple[Array, Array]:
+        oriented = linear_map.from_smaller_side()
+        noise = jax.random.normal(jax.random.fold_in(self.key, place), oriented.in_shape)
+        start = self.vectors[place].astype(noise.dtype) + self.noise * spectral.unit(noise)
+        if self.shared is not None:
+            other = self.shared[place].astype(noise.dtype)
+            start = jnp.where(oriented.gain(other) > oriented.gain(start), other, start)
+        return spectral.power_iteration(oriented, start, self.num_iters)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Given:
+    """Norms that are known already, whatever the masks: global norms, shared by all examples. Hands back nothing."""
+
+    sigmas: Array
+    level: str = dataclasses.field(default="estimate", metadata={"static": True})
+
+    def __call__(self, place: int, linear_map: LinearMap) -> tuple[Array, None]:
+        return self.sigmas[place], None
+
+
+def check_batch(network: Network, x: Array) -> None:
+    """Raises ValueError unless x is a batch of inputs of the network."""
+    if tuple(jnp.shape(x)[1:]) != network.input_shape or jnp.ndim(x) == 0:
+        raise ValueError(f"x has shape {jnp.shape(x)}; expected a batch (B, {', '.join(map(str, network.input_shape))})")
+
+
+def _live_rows(activation: Activation, before: Region) -> Array:
+    if before.lower is None or before.upper is None:
+        return before.live
+    return activation.live_rows(before.lower, before.upper)

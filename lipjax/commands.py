@@ -1,0 +1,72 @@
+"""The two commands, behind train.py and certify.py: arguments in, one line out where they are wrong."""
+
+from __future__ import annotations
+
+import argparse
+import pathlib
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+from lipjax import runs, settings
+from lipjax.errors import InputError
+
+
+class Parser(argparse.ArgumentParser):
+    """Errors are one line without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message}; see --help")
+
+
+def run(command: Callable[[Parser, list[str]], None], doc: str | None, name: str) -> None:
+    """Run a command on the process's arguments; bad input is one line on stderr and exit status 2."""
+    parser = Parser(prog=name, description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    try:
+        command(parser, sys.argv[1:])
+    except InputError as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted; go on with --resume", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+def train(parser: Parser, arguments: list[str]) -> None:
+    """``train.py``."""
+    parser.add_argument("--config", metavar="FILE[:METHOD]", required=True, help="a file of configs/, and a method")
+    parser.add_argument("--config.KEY", metavar="VALUE", help="override an entry of the config")
+    parser.add_argument("--workdir", type=pathlib.Path, help="folder of the run; default: a new one under runs/")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --workdir")
+    options, overrides = parser.parse_known_args(arguments)
+    if options.resume and options.workdir is None:
+        raise InputError("--resume needs --workdir, the folder of the run to go on with")
+    config = settings.parse([f"--config={options.config}", *overrides])
+    name = pathlib.Path(options.config.split(":")[0]).stem
+    workdir = options.workdir or runs.default_workdir(config, name)
+    runs.train(config, workdir, resume=options.resume)
+    if config.certify.limit:
+        runs.certify(workdir, limit=config.certify.limit)
+    print(f"\nrun: {workdir}\nmore: python certify.py --workdir {workdir}")
+
+
+def certify(parser: Parser, arguments: list[str]) -> None:
+    """``certify.py``."""
+    parser.add_argument("--workdir", type=pathlib.Path, required=True, help="folder of a run of train.py")
+    parser.add_argument("--eps", type=float, help="l2 radius in [0, 1] pixels; default: the config's")
+    parser.add_argument("--split", default="test", choices=("test", "train"), help="default: test")
+    parser.add_argument("--limit", type=int, help="only the first so many images")
+    parser.add_argument("--batch-size", type=int, help="images per call; default: the config's")
+    parser.add_argument("--checkpoint", default="best", choices=("best", "last"), help="default: best on validation")
+    parser.add_argument("--output", type=pathlib.Path, help="folder of the files; default: --workdir")
+    options = parser.parse_args(arguments)
+    runs.certify(
+        options.workdir,
+        eps=options.eps,
+        split=options.split,
+        limit=options.limit,
+        batch_size=options.batch_size,
+        which=options.checkpoint,
+        output=options.output,
+    )
+    print(f"\nfiles: {options.output or options.workdir}/certificates.npz, certificates.csv, summary.json")

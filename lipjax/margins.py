@@ -1,0 +1,124 @@
+"""Worst-case logits over a region of features.
+
+For a label y and a rival j let c = w_y - w_j be the difference of their rows of the last layer. Every function gives,
+for one example, lower bounds of logits[y] - logits[j] over the region, one per class; the label's own entry is 0.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from lipjax.layers import Dense
+from lipjax.regions import Region
+
+
+def pairwise_lipschitz(head: Dense, region: Region, label: Array) -> Array:
+    """``margin - radius ||I c||``, I the live features: the ball alone, one direction per rival (GloRo, [H21] Eq 5).
+
+    Args:
+        head: the last layer.
+        region: features of one example; its ball is used.
+        label: integer scalar.
+
+    Returns:
+        Margins (classes,).
+    """
+    margins, directions = _margins(head, region, label)
+    masked = jnp.where(region.live.ravel()[None], directions, 0)
+    return margins - region.radius * _norms(masked)
+
+
+def box_and_ball(head: Dense, region: Region, label: Array, num_iters: int = 16) -> Array:
+    """The smallest margin over the intersection of box and ball (BCP), by its dual.
+
+    The minimiser of <c, d> over lo <= d <= hi, ||d|| <= radius is d(t) = clip(-t c, lo, hi) with ||d(t)|| = radius,
+    or a corner of the box that lies in the ball. Reported is the larger of the corner's value and of
+
+        g(t) = margin + <c, d(t)> + (||d(t)||^2 - radius^2) / (2 t),
+
+    a lower bound for EVERY t > 0, so nothing depends on how well t has converged. Its gradient is that of g at
+    constant t (envelope theorem).
+
+    Args:
+        head: the last layer.
+        region: features of one example; box and ball are used, or the box alone where there is no ball.
+        label: integer scalar.
+        num_iters: iterations that look for t.
+
+    Returns:
+        Margins (classes,).
+
+    Soundness:
+        A lower bound of the margins over the region, up to rounding.
+
+    Reference:
+        [BCP] section 3.3; [H21] appendix.
+    """
+    margins, c = _margins(head, region, label)
+    center = region.center.ravel()[None]
+    low = jnp.minimum(region.lower.ravel()[None] - center, 0)
+    high = jnp.maximum(region.upper.ravel()[None] - center, 0)
+    corner = margins + jnp.sum(jnp.minimum(c * low, c * high), axis=1)
+    if region.radius is None:
+        return corner
+    t = lax.stop_gradient(_multiplier(c, low, high, region.radius, num_iters))[:, None]
+    d = jnp.clip(-t * c, low, high)
+    excess = jnp.sum(d**2, axis=1) - region.radius**2
+    return jnp.maximum(margins + jnp.sum(c * d, axis=1) + excess / (2 * t[:, 0]), corner)
+
+
+def _multiplier(c: Array, low: Array, high: Array, radius: Array, num_iters: int) -> Array:
+    """The t > 0 with ||clip(-t c, low, high)|| = radius, for each row of c.
+
+    With the clipped coordinates held, t^2 = (radius^2 - sum of their squares) / (sum of c^2 over the others). From
+    the unclipped t this rises to the solution and reaches it in finitely many steps, the set of clipped coordinates
+    only growing.
+    """
+    tiny = jnp.finfo(c.dtype).tiny
+
+    def solve(free: Array, clipped_square: Array, fallback: Array) -> Array:
+        square = jnp.sum(jnp.where(free, c**2, 0), axis=1)
+        rest = jnp.maximum(radius**2 - clipped_square, 0)
+        solvable = (square > 0) & (rest > 0)
+        return jnp.where(solvable, jnp.sqrt(rest / jnp.where(solvable, square, 1)), fallback)
+
+    def step(_: int, t: Array) -> Array:
+        d = -t[:, None] * c
+        free = (d > low) & (d < high)
+        clipped = jnp.where(free, 0, jnp.clip(d, low, high))
+        return jnp.maximum(t, solve(free, jnp.sum(clipped**2, axis=1), t))
+
+    ones = jnp.ones(c.shape[0], c.dtype)
+    t = solve(jnp.ones(c.shape, bool), jnp.zeros_like(ones), ones)
+    return jnp.maximum(lax.fori_loop(0, num_iters, step, t), tiny)
+
+
+def worst_logits(logits: Array, margins: Array, label: Array) -> Array:
+    """The logits with every rival raised to its worst case: logits[y] - margins[j]; the label's own is unchanged.
+
+    Args:
+        logits: (classes,).
+        margins: worst-case margins (classes,).
+        label: integer scalar.
+    """
+    return logits[label] - margins
+
+
+def worst_margin(margins: Array, label: Array) -> Array:
+    """The least margin over the rivals of the label, scalar."""
+    return jnp.min(jnp.where(jnp.arange(margins.shape[0]) == label, jnp.inf, margins))
+
+
+def _margins(head: Dense, region: Region, label: Array) -> tuple[Array, Array]:
+    """Clean margins (classes,) and directions c (classes, features)."""
+    logits = head(region.center)
+    rows = head.kernel.T
+    return logits[label] - logits, rows[label][None] - rows
+
+
+def _norms(rows: Array) -> Array:
+    square = jnp.sum(rows**2, axis=1)
+    positive = square > 0
+    return jnp.where(positive, jnp.sqrt(jnp.where(positive, square, 1)), square)

@@ -1,0 +1,127 @@
+"""Reports: the log of a run, tables for the terminal, files of certificates, figures."""
+
+from __future__ import annotations
+
+import csv
+import json
+import pathlib
+import sys
+from typing import Any
+
+import numpy as np
+
+Row = dict[str, Any]
+# What a level is worth, said wherever it is printed.
+LEVELS = {"estimate": "norms estimated from below, no proof"}
+
+
+def read_rows(workdir: pathlib.Path, before: int) -> list[Row]:
+    """The rows of the log up to an epoch, in order; a line cut off by a kill is dropped."""
+    path = workdir / "metrics.jsonl"
+    rows: list[Row] = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            break
+        if row["epoch"] <= before:
+            rows.append(row)
+    return rows
+
+
+def write_rows(workdir: pathlib.Path, rows: list[Row]) -> None:
+    """Write the log, ``metrics.jsonl`` and ``metrics.csv``, one row per epoch."""
+    _replace(workdir / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    with (workdir / "metrics.csv.partial").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[-1]), restval="")
+        writer.writeheader()
+        writer.writerows(rows)
+    (workdir / "metrics.csv.partial").replace(workdir / "metrics.csv")
+
+
+def print_row(row: Row) -> None:
+    """One line about one epoch."""
+    line = f"epoch {row['epoch']:4d}  {short(row)}"
+    if "validation_clean_accuracy" in row:
+        line += f"  validation {row['validation_clean_accuracy']:.3f}/{row['validation_certified_accuracy']:.3f}"
+    if "probe_lipschitz_ratio" in row:
+        line += f"  estimate/converged {row['probe_lipschitz_ratio']:.3f}"
+    print(f"{line}  {row['images_per_second']:.0f} images/s  {row['seconds']:.1f} s", flush=True)
+
+
+def short(row: Row) -> str:
+    """The numbers to watch, as in the progress bar."""
+    live = " ".join(f"{100 * row[key]:.0f}" for key in row if key.startswith("live_"))
+    return (
+        f"loss {row['loss']:.3f}  clean {row['clean_accuracy']:.3f}  certified {row['certified_accuracy']:.3f}  "
+        f"eps {row.get('eps', 0.0):.3g}  lipschitz {row['local_lipschitz']:.3g}/{row['global_lipschitz']:.3g}  live% {live}"
+    )
+
+
+def _replace(path: pathlib.Path, text: str) -> None:
+    """Write a file in one move."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text)
+    partial.replace(path)
+
+
+def write_certificates(folder: pathlib.Path, columns: dict[str, np.ndarray], summary: Row) -> None:
+    """Write ``certificates.npz``, ``certificates.csv`` (one row per example) and ``summary.json`` into a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    np.savez_compressed(folder / "certificates.npz", level=np.asarray(summary["level"]), **columns)
+    with (folder / "certificates.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(columns)
+        writer.writerows(zip(*(column.tolist() for column in columns.values()), strict=True))
+    _replace(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+
+
+def print_table(summary: Row) -> None:
+    """The three accuracies of an evaluation, with what they rest on."""
+    counts = summary["counts"]
+    rows = [
+        ("clean", summary["clean_accuracy"], counts["correct"], ""),
+        ("PGD", summary["pgd_accuracy"], counts["correct_after_pgd"], f"l2, eps {summary['eps']:.6g}, 100 steps"),
+        ("certified", summary["certified_accuracy"], counts["certified"], f"level {summary['level']}: {LEVELS[summary['level']]}"),
+    ]
+    print(f"\n{summary['dataset']} {summary['split']}, {counts['examples']} images, eps {summary['eps']:.6g}")
+    print(f"{'accuracy':<12}{'fraction':>10}{'images':>10}   remark")
+    for name, fraction, images, remark in rows:
+        print(f"{name:<12}{fraction:>10.4f}{images:>10}   {remark}")
+    print(
+        f"Lipschitz constant of the feature map: local {summary['mean_local_lipschitz']:.4g} on average, "
+        f"global {summary['global_lipschitz']:.4g}; with global norms {counts['certified_with_global_norms']} are certified"
+    )
+    if counts["certified_but_attacked"]:
+        print(
+            f"WARNING: {counts['certified_but_attacked']} examples count as certified, but PGD broke them: "
+            f"level {summary['level']} is no proof"
+        )
+
+
+def plot_learning_curves(workdir: pathlib.Path, path: pathlib.Path) -> None:
+    """Draw accuracies, Lipschitz constants, varying neurons and the gap of the norms against the epoch."""
+    from matplotlib.figure import Figure
+
+    rows = read_rows(workdir, before=sys.maxsize)
+    epochs = [row["epoch"] for row in rows]
+    figure = Figure(figsize=(11, 7), layout="constrained")
+    panels = figure.subplots(2, 2)
+    curves = [
+        ("accuracy", {"clean_accuracy": "train clean", "certified_accuracy": "train certified",
+                      "validation_clean_accuracy": "validation clean",
+                      "validation_certified_accuracy": "validation certified"}),
+        ("Lipschitz constant (estimate)", {"local_lipschitz": "local", "global_lipschitz": "global"}),
+        ("share of varying neurons", {key: f"block {key.removeprefix('live_')}" for key in rows[0] if key.startswith("live_")}),
+        ("training norm / converged norm", {"probe_lipschitz_ratio": "product",
+                                           **{key: f"block {key.removeprefix('probe_sigma_ratio_')}" for key in rows[0]
+                                              if key.startswith("probe_sigma_ratio_")}}),
+    ]  # fmt: skip
+    for panel, (title, keys) in zip(panels.ravel(), curves, strict=True):
+        for key, label in keys.items():
+            if key in rows[0]:
+                panel.plot(epochs, [row[key] for row in rows], label=label, marker=".")
+        panel.set(title=title, xlabel="epoch")
+        panel.grid(alpha=0.3)
+        panel.legend(fontsize="small")
+    figure.savefig(path, dpi=120)

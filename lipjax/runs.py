@@ -1,0 +1,434 @@
+"""Runs: from a config to a trained model in a folder, with a log, checkpoints and exact resumption."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import math
+import pathlib
+import platform
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from lipjax import bounds, data, losses, margins, models, networks, reports, schedules, settings, training
+from lipjax.checkpoints import Checkpoints, flat, unflat
+from lipjax.errors import InputError
+from lipjax.evaluation import evaluate
+from lipjax.regions import l2_ball
+from lipjax.training import Batch, Images, Method, TrainState
+
+MARGINS = {"pairwise_lipschitz": margins.pairwise_lipschitz, "box_and_ball": margins.box_and_ball}
+LOSSES = {"gloro": losses.gloro, "cross_entropy": lambda logits, worst, label: losses.cross_entropy(worst, label)}
+FETCH_EVERY = 4  # steps in flight; forced CPU devices must synchronise at least every 8
+
+
+def train(config: ConfigDict, workdir: pathlib.Path, *, resume: bool) -> None:
+    """Train a model and write config, log and checkpoints into ``workdir``.
+
+    Args:
+        config: a checked config.
+        workdir: the run's folder; new or empty unless ``resume``.
+        resume: go on from the last checkpoint of the folder, if there is one.
+
+    Raises:
+        InputError: a folder that cannot be used, or a loss that is not finite (the last good checkpoint is kept).
+    """
+    if not resume and workdir.exists() and any(workdir.iterdir()):
+        raise InputError(f"{workdir} is not empty; go on with --resume, or name another --workdir")
+    run = Run(config, workdir)
+    workdir.mkdir(parents=True, exist_ok=True)
+    settings.save(config, workdir)
+    state, first = run.restored() if resume else (run.initial_state(), 0)
+    state = run.spread(state)
+    rows = reports.read_rows(workdir, before=first)
+    for epoch in range(first, config.schedule.epochs):
+        started = time.perf_counter()
+        state, row = run.epoch(state, epoch)
+        row = {"epoch": epoch + 1, **row, "seconds": round(time.perf_counter() - started, 3)}
+        rows.append(row)
+        best = run.is_best(rows)
+        if best or (epoch + 1) % config.checkpoint.every == 0 or epoch + 1 == config.schedule.epochs:
+            run.save(state, epoch + 1, row, best)
+        reports.write_rows(workdir, rows)
+        reports.print_row(row)
+
+
+class Run:
+    """One run: what a config describes, on the devices of this process."""
+
+    def __init__(self, config: ConfigDict, workdir: pathlib.Path) -> None:
+        self.config, self.workdir = config, workdir
+        self.devices = jax.local_device_count()
+        if config.schedule.batch_size % self.devices:
+            raise InputError(
+                f"--config.schedule.batch_size={config.schedule.batch_size} cannot be split over {self.devices} "
+                f"devices; give a multiple of {self.devices}"
+            )
+        whole = data.load(config.data.name, "train", config.data.dir, config.data.cache)
+        self.train, self.validation = data.train_and_validation(whole, config.data.validation, config.seed)
+        self.model = model_of(config, self.train)
+        self.graphdef, self.params = nnx.split(self.model, nnx.Param)
+        self.batches = Batches(config.schedule.batch_size, self.devices, config.seed)
+        self.method = method_of(config, self.batches.steps(len(self.train)) * config.schedule.epochs)
+        self.train_step = training.mapped(training.train_step, self.method, self.graphdef)
+        self.validation_step = training.mapped(training.validation_step, self.method, self.graphdef, config.eps)
+        self.probe = jax.jit(self._probe)
+        self.train_images = self._images(self.train)
+        self.validation_images = self._images(self.validation)
+        self.last = Checkpoints(workdir / "checkpoints" / "last", keep=2)
+        self.best = Checkpoints(workdir / "checkpoints" / "best", keep=1)
+
+    def initial_state(self) -> TrainState:
+        """The state before the first step, for one device, with one row per example."""
+        key = jax.random.key(self.config.seed)
+        network = networks.from_flax(self.model, self.train.images.shape[1:])
+        vectors = jax.jit(training.initial_vectors)(network, jax.random.fold_in(key, 0))
+        rows = lambda n: tuple(np.broadcast_to(np.asarray(v)[None], (n, *v.shape)) for v in vectors)  # noqa: E731
+        return TrainState(
+            jnp.int32(0),
+            self.params,
+            self.method.optimizer.init(self.params),
+            jax.random.key_data(jax.random.fold_in(key, 1)),
+            vectors,
+            rows(len(self.train)),
+            rows(len(self.validation)),
+        )
+
+    def spread(self, state: TrainState) -> TrainState:
+        """A state on all devices: everything replicated, but the vectors, which are dealt out with the examples."""
+        dealt = {name: self._deal_all(getattr(state, name)) for name in ("vectors", "validation_vectors")}
+        shared = dataclasses.replace(state, vectors=(), validation_vectors=())
+        shared = jax.tree.map(lambda leaf: np.broadcast_to(leaf[None], (self.devices, *leaf.shape)), shared)
+        # An identity on the devices gives every leaf the placement that the step returns, so that it compiles once.
+        return jax.pmap(lambda leaf: leaf)(dataclasses.replace(shared, **dealt))
+
+    def gathered(self, state: TrainState) -> TrainState:
+        """The inverse of :meth:`spread`, on the host."""
+        shared = jax.tree.map(_first_shard, dataclasses.replace(state, vectors=(), validation_vectors=()))
+        vectors = tuple(_collect(table, len(self.train)) for table in state.vectors)
+        validation = tuple(_collect(table, len(self.validation)) for table in state.validation_vectors)
+        return dataclasses.replace(shared, vectors=vectors, validation_vectors=validation)
+
+    def epoch(self, state: TrainState, epoch: int) -> tuple[TrainState, dict[str, Any]]:
+        """All steps of one epoch, then validation and the converged norms of the probe: the state and a row of the log."""
+        total = self.batches.steps(len(self.train))
+        started = time.perf_counter()
+        with tqdm(total=total, desc=f"epoch {epoch + 1}/{self.config.schedule.epochs}", disable=None, leave=False) as bar:
+            batches = self.batches.shuffled(len(self.train), epoch)
+            state, row = self._sweep(self.train_step, state, self.train_images, batches, bar)
+        row["images_per_second"] = round(len(self.train) / (time.perf_counter() - started), 1)
+        if len(self.validation):
+            batches = self.batches.in_order(len(self.validation))
+            state, found = self._sweep(self.validation_step, state, self.validation_images, batches, None)
+            row |= {f"validation_{key}": found[key] for key in ("loss", "clean_accuracy", "certified_accuracy")}
+        return state, row | self._probe_row(state)
+
+    def is_best(self, rows: list[dict[str, Any]]) -> bool:
+        """Whether the newest row has the highest certified accuracy on the validation split so far.
+
+        Only epochs trained at the full eps count: before, the norms are still underestimated the most.
+        """
+        if not len(self.validation):
+            return False
+        ramped = [row for row in rows if row["epoch"] >= math.ceil(self.config.schedule.ramp * self.config.schedule.epochs)]
+        scores = [row["validation_certified_accuracy"] for row in ramped]
+        return bool(ramped) and rows[-1] is ramped[-1] and scores[-1] > max(scores[:-1], default=-1.0)
+
+    def save(self, state: TrainState, epoch: int, row: dict[str, Any], best: bool) -> None:
+        """Write the checkpoint to resume from and, if it is the best so far, its parameters once more."""
+        whole = self.gathered(state)
+        params, rest = flat(nnx.to_pure_dict(whole.params)), flat(dataclasses.replace(whole, params=None))
+        facts = {"row": row, "step": int(whole.step)}
+        self.last.save(epoch, params, rest, facts)
+        if best:
+            self.best.save(epoch, params, None, facts)
+
+    def restored(self) -> tuple[TrainState, int]:
+        """The state of the last whole checkpoint and its epoch, or the initial state and 0."""
+        state = self.initial_state()
+        found = self.last.restore(("params", "training"))
+        if found is None:
+            return state, 0
+        arrays, facts = found
+        params = unflat(nnx.to_pure_dict(state.params), arrays["params"])
+        nnx.replace_by_pure_dict(state.params, params)
+        rest = unflat(dataclasses.replace(state, params=None), arrays["training"])
+        return dataclasses.replace(rest, params=state.params), int(facts["epoch"])
+
+    def _sweep(self, step, state: TrainState, images: Images, batches: Iterator[Batch], bar: tqdm | None):
+        """Run a step over batches: the state and the metrics averaged over the examples."""
+        sums: dict[str, np.ndarray] = {}
+        count, pending = 0.0, []
+        for batch in batches:
+            state, metrics = step(state, images, batch)
+            pending.append((metrics, float(batch.weight.sum())))
+            if len(pending) == FETCH_EVERY:
+                count = self._fetch(pending, sums, count, bar)
+        count = self._fetch(pending, sums, count, bar)
+        return state, _row({key: value / count for key, value in sums.items()})
+
+    def _fetch(self, pending: list, sums: dict[str, np.ndarray], count: float, bar: tqdm | None) -> float:
+        """Bring the metrics of steps in flight to the host and add them up."""
+        for metrics, weight in pending:
+            values = {key: np.asarray(_first_shard(value), np.float64) for key, value in metrics.items()}
+            if not values.pop("finite", np.ones(())):
+                raise InputError(
+                    f"the loss or the parameters are no longer finite (loss {float(values['loss'])}); the last good "
+                    f"checkpoint is kept in {self.workdir}: lower --config.schedule.learning_rate and train again"
+                )
+            for key, value in values.items():
+                sums[key] = sums.get(key, 0.0) + weight * value
+            count += weight
+            if bar is not None:
+                bar.set_postfix_str(reports.short(_row(values)), refresh=False)
+                bar.update()
+        pending.clear()
+        return count
+
+    def _probe_row(self, state: TrainState) -> dict[str, Any]:
+        """Norms of a fixed sample of training examples, as training estimates them and converged."""
+        size = min(self.config.probe.size, len(self.train))
+        if not size:
+            return {}
+        shared = jax.tree.map(_first_shard, dataclasses.replace(state, vectors=(), validation_vectors=(), opt_state=()))
+        vectors = tuple(_first_shard(table)[:size] for table in state.vectors)
+        x = self.train.images[: len(vectors[0])].astype(np.float32) / self.train.scale
+        estimated, converged, whole = (np.asarray(a, np.float64) for a in self.probe(shared, vectors, x))
+        ratios = estimated / np.where(converged > 0, converged, 1)
+        return {
+            "probe_lipschitz": float(converged.prod(axis=1).mean()),
+            "probe_lipschitz_ratio": float((estimated.prod(axis=1) / converged.prod(axis=1)).mean()),
+            "probe_global_lipschitz": float(whole.prod()),
+            **{f"probe_sigma_ratio_{k + 1}": float(ratio) for k, ratio in enumerate(ratios.mean(axis=0))},
+        }
+
+    def _probe(self, state: TrainState, vectors: tuple[Array, ...], x: Array) -> tuple[Array, Array, Array]:
+        network = networks.from_flax(nnx.merge(self.graphdef, state.params), x.shape[1:])
+        key = jax.random.key(self.config.seed)
+        eps = self.method.eps(state.step)
+        exact = bounds.Estimate(key, max_iters=self.config.probe.max_iters)
+
+        def one(x: Array, vectors: tuple[Array, ...]) -> tuple[Array, Array]:
+            warm = bounds.WarmStarted(
+                vectors, state.global_vectors, key, self.method.num_iters, self.method.noise
+            )
+            region = l2_ball(x, eps)
+            estimated = bounds.propagate(network, region, warm, bounds.full_row_norms)
+            return estimated.sigmas, bounds.propagate(network, region, exact, bounds.full_row_norms).sigmas
+
+        return *jax.vmap(one)(x, vectors), bounds.global_norms(network, exact)[0]
+
+    def _images(self, dataset: data.Dataset) -> Images:
+        images = Images(_deal(dataset.images, self.devices), _deal(dataset.labels, self.devices), dataset.scale)
+        return jax.pmap(lambda leaf: leaf)(images) if len(dataset) else images
+
+    def _deal_all(self, tables: tuple) -> tuple:
+        return tuple(_deal(np.asarray(table), self.devices) for table in tables)
+
+
+@dataclasses.dataclass(frozen=True)
+class Batches:
+    """Which examples make which step. Every batch has the same size; the short last one is padded with weight 0."""
+
+    size: int
+    devices: int
+    seed: int
+
+    def steps(self, num_examples: int) -> int:
+        """Steps per epoch."""
+        return math.ceil(math.ceil(num_examples / self.devices) / (self.size // self.devices))
+
+    def shuffled(self, num_examples: int, epoch: int) -> Iterator[Batch]:
+        """One epoch, shuffled within each device's share by seed and epoch."""
+        rng = np.random.default_rng((self.seed, epoch))
+        return self._batches(num_examples, [rng.permutation(n) for n in _shares(num_examples, self.devices)])
+
+    def in_order(self, num_examples: int) -> Iterator[Batch]:
+        """Every example once, in order."""
+        return self._batches(num_examples, [np.arange(n) for n in _shares(num_examples, self.devices)])
+
+    def _batches(self, num_examples: int, orders: list[np.ndarray]) -> Iterator[Batch]:
+        steps, size = self.steps(num_examples), self.size // self.devices
+        index = np.zeros((self.devices, steps * size), np.int32)
+        weight = np.zeros((self.devices, steps * size), np.float32)
+        for device, order in enumerate(orders):
+            index[device, : len(order)], weight[device, : len(order)] = order, 1.0
+        for step in range(steps):
+            part = slice(step * size, (step + 1) * size)
+            yield Batch(index[:, part], weight[:, part])
+
+
+def model_of(config: ConfigDict, dataset: data.Dataset) -> nnx.Sequential:
+    """The Flax model of a config, freshly initialised from its seed."""
+    return models.classifier(
+        config.model.architecture,
+        config.model.activation,
+        dataset.images.shape[1:],
+        dataset.num_classes,
+        theta=config.model.theta,
+        rngs=nnx.Rngs(config.seed),
+    )
+
+
+def method_of(config: ConfigDict, num_steps: int) -> Method:
+    """What a config trains through, over the given number of steps."""
+    schedule = config.schedule
+    learning_rate = schedules.constant_then_exponential(
+        num_steps, schedule.constant, schedule.learning_rate, schedule.learning_rate_end
+    )
+    return Method(
+        local=config.method.norms == "local",
+        margins=MARGINS[config.method.margins],
+        needs_box=config.method.margins == "box_and_ball",
+        loss=LOSSES[config.method.loss],
+        eps=schedules.ramp(num_steps, schedule.warmup, schedule.ramp, 0.0, config.eps_train),
+        kappa=schedules.ramp(num_steps, schedule.warmup, schedule.ramp, schedule.kappa, schedule.kappa_end),
+        learning_rate=learning_rate,
+        optimizer=training.adam(learning_rate),
+        num_iters=config.power_iteration.num_iters,
+        global_iters=config.power_iteration.global_iters,
+        noise=config.power_iteration.noise,
+    )
+
+
+def restore_model(workdir: pathlib.Path, config: ConfigDict, which: str) -> tuple[nnx.Sequential, dict[str, Any]]:
+    """The trained model of a run.
+
+    Args:
+        workdir: the run's folder.
+        config: its config.
+        which: ``"best"`` (by the validation split; the last one where there is none) or ``"last"``.
+
+    Returns:
+        The model, and the metadata of its checkpoint.
+
+    Raises:
+        InputError: no checkpoint.
+    """
+    folders = ["best", "last"] if which == "best" else ["last"]
+    for name in folders:
+        folder = workdir / "checkpoints" / name
+        found = Checkpoints(folder).restore() if folder.exists() else None
+        if found is not None:
+            arrays, facts = found
+            model = model_of(config, data.load(config.data.name, "test", config.data.dir, config.data.cache))
+            state = nnx.state(model, nnx.Param)
+            nnx.replace_by_pure_dict(state, unflat(nnx.to_pure_dict(state), arrays["params"]))
+            nnx.update(model, state)
+            return model, {**facts, "checkpoint": name}
+    raise InputError(f"no checkpoint in {workdir / 'checkpoints'}; train with --workdir {workdir} first")
+
+
+def _row(values: dict[str, np.ndarray]) -> dict[str, float]:
+    """Scalars by name; an array of one value per block becomes one entry per block."""
+    row: dict[str, float] = {}
+    for key, value in values.items():
+        if np.ndim(value):
+            row |= {f"{key}_{k + 1}": float(entry) for k, entry in enumerate(value)}
+        else:
+            row[key] = float(value)
+    return row
+
+
+def _shares(num_examples: int, devices: int) -> list[int]:
+    """How many examples each device owns: contiguous shares, the last one may be short."""
+    size = math.ceil(num_examples / devices)
+    return [max(0, min(size, num_examples - device * size)) for device in range(devices)]
+
+
+def _deal(array: np.ndarray, devices: int) -> np.ndarray:
+    """Examples to [devices, share, ...], padded with zeros at the end."""
+    size = math.ceil(len(array) / devices)
+    if size * devices != len(array):
+        array = np.concatenate([array, np.zeros((size * devices - len(array), *array.shape[1:]), array.dtype)])
+    return array.reshape(devices, size, *array.shape[1:])
+
+
+def _collect(table: Array, num_examples: int) -> np.ndarray:
+    """The inverse of :func:`_deal`, from the devices."""
+    shards = sorted(table.addressable_shards, key=lambda shard: shard.index[0].start or 0)
+    parts = [np.asarray(shard.data)[0] for shard in shards]
+    return (parts[0] if len(parts) == 1 else np.concatenate(parts))[:num_examples]
+
+
+def _first_shard(value: Array) -> np.ndarray:
+    """The copy of the first device of a replicated value (indexing would gather all copies)."""
+    return np.asarray(value.addressable_shards[0].data)[0]
+
+
+def certify(
+    workdir: pathlib.Path,
+    *,
+    eps: float | None = None,
+    split: str = "test",
+    limit: int | None = None,
+    batch_size: int | None = None,
+    which: str = "best",
+    output: pathlib.Path | None = None,
+) -> dict[str, Any]:
+    """Certify a trained model of a run, print the table and write certificates and summary.
+
+    Args:
+        workdir: the run's folder.
+        eps: l2 radius; default the config's.
+        split: ``"test"`` or ``"train"``.
+        limit: only the first so many examples.
+        batch_size: examples per call; default the config's.
+        which: ``"best"`` or ``"last"`` checkpoint.
+        output: folder of the files; default the run's.
+
+    Returns:
+        The summary, as in ``summary.json``.
+
+    Raises:
+        InputError: no run, no checkpoint, no data or a value that cannot be used.
+    """
+    config = settings.load(workdir)
+    eps = config.eps if eps is None else eps
+    if not (math.isfinite(eps) and eps > 0):
+        raise InputError(f"--eps={eps} cannot be used; give a finite number more than 0, in [0, 1] pixels")
+    for name, value in (("--limit", limit), ("--batch-size", batch_size)):
+        if value is not None and value < 1:
+            raise InputError(f"{name}={value} cannot be used; give at least 1")
+    dataset = data.load(config.data.name, split, config.data.dir, config.data.cache)
+    model, facts = restore_model(workdir, config, which)
+    network = networks.from_flax(model, dataset.images.shape[1:])
+    chosen = dataset.take(slice(limit))
+    found = evaluate(network, chosen, eps, batch_size=batch_size or config.certify.batch_size, seed=config.seed)
+    summary = {
+        "dataset": config.data.name,
+        "split": split,
+        **found.summary,
+        "checkpoint": facts["checkpoint"],
+        "checkpoint_step": facts["step"],
+        "checkpoint_epoch": facts["epoch"],
+        "params_sha256": facts["params_sha256"],
+        "method": config.method.name,
+        "seed": config.seed,
+        "device": jax.devices()[0].device_kind,
+        "versions": versions(),
+    }
+    reports.write_certificates(output or workdir, found.columns, summary)
+    reports.print_table(summary)
+    return summary
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a result depends on."""
+    names = ("lipjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in names}}
+
+
+def default_workdir(config: ConfigDict, name: str) -> pathlib.Path:
+    """A new folder under runs/, named after config, method and time."""
+    return pathlib.Path("runs") / f"{name}-{config.method.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+

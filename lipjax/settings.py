@@ -1,0 +1,123 @@
+"""Settings: the configuration of a run, read from a file and the command line, checked, saved with the run."""
+
+from __future__ import annotations
+
+import json
+import math
+import pathlib
+from typing import Any
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from lipjax import data, models
+from lipjax.errors import InputError
+
+NORMS = ("local", "global")
+MARGINS = ("pairwise_lipschitz", "box_and_ball")
+LOSSES = ("gloro", "cross_entropy")
+ACTIVATIONS = ("relu", "clipped_relu")
+
+
+def parse(arguments: list[str]) -> ConfigDict:
+    """The config named by ``--config FILE[:METHOD]`` with its ``--config.KEY=VALUE`` overrides.
+
+    Raises:
+        InputError: a missing file, an unknown method or key, or a value of another type, in one line.
+    """
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file("config", lock_config=True, flag_values=values)
+    try:
+        rest = values(["train.py", *arguments])
+        config = values["config"].value
+    except Exception as error:  # absl, ml_collections and the config file itself raise many kinds
+        raise InputError(_explain(error, arguments)) from error
+    if config is None:
+        raise InputError("no config given; use --config configs/digits.py")
+    if len(rest) > 1:
+        raise InputError(f"unexpected argument {rest[1]!r}; overrides look like --config.schedule.epochs=8")
+    check(config)
+    return config
+
+
+def load(workdir: pathlib.Path) -> ConfigDict:
+    """The config of a run.
+
+    Raises:
+        InputError: the folder holds no readable config.
+    """
+    path = workdir / "config.json"
+    try:
+        config = ConfigDict(json.loads(path.read_text()))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{workdir} is not a run: cannot read {path}: {error}; name a folder made by train.py") from error
+    check(config)
+    return config
+
+
+def save(config: ConfigDict, workdir: pathlib.Path) -> None:
+    """Write the config into the run's folder."""
+    (workdir / "config.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n")
+
+
+def check(config: ConfigDict) -> None:
+    """Raises InputError, in one line, for the first value that cannot be used."""
+    schedule = config.schedule
+    _one_of("data.name", config.data.name, data.NAMES)
+    _one_of("model.architecture", config.model.architecture, sorted(models.ARCHITECTURES))
+    _one_of("model.activation", config.model.activation, ACTIVATIONS)
+    _one_of("method.norms", config.method.norms, NORMS)
+    _one_of("method.margins", config.method.margins, MARGINS)
+    _one_of("method.loss", config.method.loss, LOSSES)
+    for key, least in (
+        ("seed", 0),
+        ("data.validation", 0),
+        ("schedule.epochs", 1),
+        ("schedule.batch_size", 1),
+        ("power_iteration.num_iters", 1),
+        ("power_iteration.global_iters", 1),
+        ("probe.size", 0),
+        ("probe.max_iters", 1),
+        ("checkpoint.every", 1),
+        ("certify.limit", 0),
+        ("certify.batch_size", 1),
+    ):
+        _within(key, _lookup(config, key), least, math.inf)
+    for key in ("eps", "eps_train", "schedule.learning_rate", "schedule.learning_rate_end", "model.theta"):
+        _within(key, _lookup(config, key), 0, math.inf, open_below=True)
+    _within("power_iteration.noise", config.power_iteration.noise, 0, 1)
+    for key in ("warmup", "ramp", "constant", "kappa", "kappa_end"):
+        _within(f"schedule.{key}", schedule[key], 0, 1)
+    if schedule.ramp < schedule.warmup:
+        raise InputError(
+            f"--config.schedule.ramp={schedule.ramp} ends before the warm-up does (schedule.warmup={schedule.warmup}); "
+            "give a fraction of the run between it and 1"
+        )
+
+
+def _one_of(key: str, value: str, known: Any) -> None:
+    if value not in known:
+        raise InputError(f"--config.{key}={value!r} is unknown; use one of {', '.join(known)}")
+
+
+def _within(key: str, value: float, least: float, most: float, open_below: bool = False) -> None:
+    if not (least < value if open_below else least <= value) or not value <= most or math.isinf(value):
+        bound = f"{'more than' if open_below else 'at least'} {least}" + (f" and at most {most}" if most < math.inf else "")
+        raise InputError(f"--config.{key}={value} cannot be used; give a finite number {bound}")
+
+
+def _lookup(config: ConfigDict, key: str) -> Any:
+    for part in key.split("."):
+        config = config[part]
+    return config
+
+
+def _explain(error: Exception, arguments: list[str]) -> str:
+    """One line about what absl or ml_collections could not read."""
+    text = " ".join(str(error).split())
+    named = next((a for a in arguments if a.startswith("--config") and "." not in a.split("=")[0]), "--config")
+    if isinstance(error, OSError | ModuleNotFoundError):
+        return f"cannot read the config ({named}): {text}; try --config configs/digits.py"
+    if isinstance(error, AttributeError | KeyError):
+        return f"unknown config key: {text}"
+    return f"bad config argument: {text}"

@@ -21,5 +21,6 @@ def get_config(method=None):
     config.schedule.learning_rate = 2e-3
     config.schedule.learning_rate_end = 2e-5
     config.power_iteration.num_iters = 2
+    config.checkpoint.every = 10
     config.certify.batch_size = 120
     return config

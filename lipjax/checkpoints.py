@@ -31,7 +31,12 @@ class Checkpoints:
     def __init__(self, folder: pathlib.Path, keep: int = 2) -> None:
         self.folder = folder.resolve()
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=False)
-        self._manager = ocp.CheckpointManager(self.folder, options=options)
+        handlers = {
+            "params": ocp.PyTreeCheckpointHandler(),
+            "training": ocp.PyTreeCheckpointHandler(),
+            "metadata": ocp.JsonCheckpointHandler(),
+        }
+        self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
 
     def save(self, epoch: int, params: Arrays, training: Arrays | None, metadata: dict[str, Any]) -> None:
         """Write one checkpoint and wait until it is complete: the next step overwrites the arrays.
@@ -42,11 +47,13 @@ class Checkpoints:
             training: the rest of what a step changes, or None where only the parameters are worth keeping.
             metadata: small facts, as JSON.
         """
-        items = {"params": ocp.args.StandardSave(params)}
+        items = {"params": ocp.args.PyTreeSave(params)}
         facts = {**metadata, "epoch": epoch, "params_sha256": sha256(params)}
         if training is not None:
-            items["training"] = ocp.args.StandardSave(training)
+            items["training"] = ocp.args.PyTreeSave(training)
             facts["training_sha256"] = sha256(training)
+        if epoch in self._manager.all_steps():
+            self._manager.delete(epoch)  # a refused one, or one of a run that was killed before the next save
         self._manager.save(epoch, args=ocp.args.Composite(**items, metadata=ocp.args.JsonSave(facts)), force=True)
         self._manager.wait_until_finished()
 
@@ -78,23 +85,19 @@ class Checkpoints:
         return None
 
     def _read(self, epoch: int, items: tuple[str, ...]) -> tuple[dict[str, Arrays], dict[str, Any]]:
-        facts = self._manager.restore(epoch, args=ocp.args.Composite(metadata=ocp.args.JsonRestore()))["metadata"]
-        read: dict[str, Arrays] = {}
-        for item in items:
-            # As host arrays, so that a checkpoint of one kind or number of devices is read on any other.
-            handler = ocp.PyTreeCheckpointer()
-            arrays = handler.restore(
-                self.folder / str(epoch) / item,
-                args=ocp.args.PyTreeRestore(
-                    restore_args=jax.tree.map(
-                        lambda _: ocp.RestoreArgs(restore_type=np.ndarray), handler.metadata(self.folder / str(epoch) / item).item_metadata.tree
-                    )
-                ),
+        trees = self._manager.item_metadata(epoch)
+        # As host arrays, so that a checkpoint of one kind or number of devices is read on any other.
+        wanted = {
+            item: ocp.args.PyTreeRestore(
+                restore_args=jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), trees[item].tree)
             )
-            if sha256(arrays) != facts[f"{item}_sha256"]:
+            for item in items
+        }
+        found = self._manager.restore(epoch, args=ocp.args.Composite(**wanted, metadata=ocp.args.JsonRestore()))
+        for item in items:
+            if sha256(found[item]) != found["metadata"][f"{item}_sha256"]:
                 raise ValueError(f"its {item} do not fit their hash")
-            read[item] = arrays
-        return read, facts
+        return {item: found[item] for item in items}, found["metadata"]
 
 
 def flat(tree: Any) -> Arrays:

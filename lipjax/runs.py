@@ -44,6 +44,8 @@ def train(config: ConfigDict, workdir: pathlib.Path, *, resume: bool) -> None:
     """
     if not resume and workdir.exists() and any(workdir.iterdir()):
         raise InputError(f"{workdir} is not empty; go on with --resume, or name another --workdir")
+    if resume and (workdir / "config.json").exists():
+        settings.check_same(config, settings.load(workdir))
     run = Run(config, workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     settings.save(config, workdir)
@@ -55,10 +57,11 @@ def train(config: ConfigDict, workdir: pathlib.Path, *, resume: bool) -> None:
         state, row = run.epoch(state, epoch)
         row = {"epoch": epoch + 1, **row, "seconds": round(time.perf_counter() - started, 3)}
         rows.append(row)
-        best = run.is_best(rows)
-        if best or (epoch + 1) % config.checkpoint.every == 0 or epoch + 1 == config.schedule.epochs:
-            run.save(state, epoch + 1, row, best)
         reports.write_rows(workdir, rows)
+        if run.is_best(rows):
+            run.save_best(state, epoch + 1)
+        if (epoch + 1) % config.checkpoint.every == 0 or epoch + 1 == config.schedule.epochs:
+            run.save_last(state, epoch + 1)
         reports.print_row(row)
 
 
@@ -143,14 +146,16 @@ class Run:
         scores = [row["validation_certified_accuracy"] for row in ramped]
         return bool(ramped) and rows[-1] is ramped[-1] and scores[-1] > max(scores[:-1], default=-1.0)
 
-    def save(self, state: TrainState, epoch: int, row: dict[str, Any], best: bool) -> None:
-        """Write the checkpoint to resume from and, if it is the best so far, its parameters once more."""
+    def save_last(self, state: TrainState, epoch: int) -> None:
+        """Write the checkpoint to resume from."""
         whole = self.gathered(state)
-        params, rest = flat(nnx.to_pure_dict(whole.params)), flat(dataclasses.replace(whole, params=None))
-        facts = {"row": row, "step": int(whole.step)}
-        self.last.save(epoch, params, rest, facts)
-        if best:
-            self.best.save(epoch, params, None, facts)
+        rest = flat(dataclasses.replace(whole, params=None))
+        self.last.save(epoch, flat(nnx.to_pure_dict(whole.params)), rest, {"step": int(whole.step)})
+
+    def save_best(self, state: TrainState, epoch: int) -> None:
+        """Write the parameters that are the best so far."""
+        params = jax.tree.map(_first_shard, state.params)
+        self.best.save(epoch, flat(nnx.to_pure_dict(params)), None, {"step": int(_first_shard(state.step))})
 
     def restored(self) -> tuple[TrainState, int]:
         """The state of the last whole checkpoint and its epoch, or the initial state and 0."""

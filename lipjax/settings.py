@@ -95,6 +95,26 @@ def check(config: ConfigDict) -> None:
         )
 
 
+def check_same(config: ConfigDict, before: ConfigDict) -> None:
+    """Raises InputError where a run cannot go on because what it computes was changed; where it reads may change."""
+    free = ("data.dir", "data.cache", "certify.", "checkpoint.")
+    now, then = _flat(config.to_dict()), _flat(before.to_dict())
+    for key in sorted(now.keys() | then.keys()):
+        if now.get(key) != then.get(key) and not key.startswith(free):
+            raise InputError(
+                f"--config.{key}={now.get(key)} differs from the run to resume, which has {then.get(key)}; "
+                "give the same config, or train into another --workdir"
+            )
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested entries by dotted name."""
+    entries: dict[str, Any] = {}
+    for key, value in tree.items():
+        entries |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return entries
+
+
 def _one_of(key: str, value: str, known: Any) -> None:
     if value not in known:
         raise InputError(f"--config.{key}={value!r} is unknown; use one of {', '.join(known)}")

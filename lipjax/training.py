@@ -251,11 +251,6 @@ def _gather(table: Array, index: Array) -> Array:
 
 
 def _scatter(table: Array, batch: Batch, rows: Array) -> Array:
-    """Write the rows of the batch back; those of padding are dropped.
-
-    Bits are scattered as uint16, because some versions of JAX convert the whole table otherwise.
-    """
-    bits = lax.bitcast_convert_type(rows.astype(jnp.bfloat16), jnp.uint16)
+    """Write the rows of the batch back in place; those of padding are dropped."""
     place = jnp.where(batch.weight > 0, batch.index, table.shape[0])
-    updated = lax.bitcast_convert_type(table, jnp.uint16).at[place].set(bits, mode="drop", unique_indices=False)
-    return lax.bitcast_convert_type(updated, jnp.bfloat16)
+    return table.at[place].set(rows.astype(table.dtype), mode="drop")

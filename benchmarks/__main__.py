@@ -1,0 +1,179 @@
+"""Time a training step as multiples of a plain forward pass of the same batch, and products inside a loop.
+
+Usage:
+  python -m benchmarks [--rounds 5]
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax import lax
+
+from lipjax import bounds, losses, margins, models, networks, spectral, training
+from lipjax.regions import l2_ball
+
+EPS, EXAMPLES = 1.58, 512
+
+
+def main() -> None:
+    """Run all benchmarks."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5, help="timings of each part, interleaved")
+    rounds = parser.parse_args().rounds
+    device = jax.devices()[0].device_kind
+    print(f"JAX {jax.__version__}, {device}; medians of {rounds} interleaved rounds, in forward passes\n")
+    step_parts("4c3f", (28, 28, 1), 256, 5, rounds, target=25)
+    step_parts("6c2f", (32, 32, 3), 64, 2, rounds, target=18)
+    loop_against_no_loop(rounds)
+
+
+def step_parts(architecture: str, shape: tuple, batch_size: int, num_iters: int, rounds: int, target: float) -> None:
+    """A training step of one network and the share of each of its parts.
+
+    The parts are nested: each function does what the one before it does and one thing more.
+    """
+    model = models.classifier(architecture, "clipped_relu", shape, 10, rngs=nnx.Rngs(0))
+    graphdef, params = nnx.split(model, nnx.Param)
+    network = networks.from_flax(model, shape)
+    vectors = jax.jit(training.initial_vectors)(network, jax.random.key(0))
+    method = _method(num_iters)
+    state, data, batch = _state(method, params, vectors, shape, batch_size)
+    step = training.mapped(training.train_step, method, graphdef)
+    x, labels = jnp.asarray(data.images[0][:batch_size], jnp.float32) / 255, jnp.asarray(data.labels[0][:batch_size])
+    stored = tuple(table[0][:batch_size] for table in state.vectors)
+
+    def regions(network, norm):
+        return jax.vmap(lambda one, vectors: bounds.propagate(network, l2_ball(one, EPS), norm(vectors), _rows).features)(
+            x, stored
+        )
+
+    sigmas = jnp.ones(len(vectors))
+    parts: dict[str, Callable] = {
+        "forward pass": jax.jit(lambda network: network(x)),
+        "boxes": jax.jit(lambda network: regions(network, lambda _: bounds.Given(sigmas))),
+        "power iteration": jax.jit(
+            lambda network: regions(
+                network, lambda own: bounds.WarmStarted(own, vectors, jax.random.key(0), num_iters)
+            )
+        ),
+        "clean gradient": jax.jit(jax.grad(lambda network: jnp.mean(losses.cross_entropy(network(x), labels)))),
+    }
+    held = [state]
+
+    def whole_step(_):
+        held[0], metrics = step(held[0], data, batch)
+        return metrics
+
+    parts["training step"] = whole_step
+    times = _timed({name: (lambda f=f: f(network)) for name, f in parts.items()}, rounds)
+    unit = times["forward pass"]
+    print(f"{architecture}, batch {batch_size}, {num_iters} iterations; a forward pass takes {1e3 * unit:.0f} ms")
+    iterations = times["power iteration"] - times["boxes"]
+    rest = times["training step"] - times["power iteration"]
+    rows = [
+        ("centers and boxes", times["boxes"]),
+        ("power iteration", iterations),
+        ("margins, loss, gradients, update", rest),
+        ("TRAINING STEP", times["training step"]),
+        ("(a clean training gradient alone)", times["clean gradient"]),
+    ]
+    for name, seconds in rows:
+        print(f"  {name:<36}{seconds / unit:6.1f}   {100 * seconds / times['training step']:4.0f} %")
+    print(f"  target for the step: at most {target:g}\n")
+
+
+def loop_against_no_loop(rounds: int) -> None:
+    """One product with a convolution and its transpose, inside ``fori_loop`` and written out."""
+    key = jax.random.key(0)
+    cases = {"3x3 stride 1": ((14, 14, 32), (3, 3, 32, 64), 1), "4x4 stride 2": ((28, 28, 32), (4, 4, 32, 32), 2)}
+    for name, (shape, kernel_shape, stride) in cases.items():
+        kernel = jax.random.normal(key, kernel_shape) / 30
+        x = jax.random.normal(key, (128, *shape))
+
+        def products(kernel, x, loop, shape=shape, stride=stride):
+            layer = lipjax_convolution(kernel, shape, stride)
+            linear_map = bounds.linear_map(layer)
+
+            def iterate(_, u):
+                return spectral.unit(linear_map.rmatvec(linear_map.matvec(u)))
+
+            def one(u):
+                if loop:
+                    return lax.fori_loop(0, 8, iterate, u)
+                for step in range(8):
+                    u = iterate(step, u)
+                return u
+
+            return jax.vmap(one)(x)
+
+        functions = {loop: jax.jit(lambda k, x, loop=loop: products(k, x, loop)) for loop in (True, False)}
+        times = _timed({loop: (lambda f=f: f(kernel, x)) for loop, f in functions.items()}, rounds)  # noqa: B023
+        print(f"convolution {name}: inside a loop {times[True] / times[False]:.2f} of outside (target: at most 1.5)")
+
+
+def lipjax_convolution(kernel, shape, stride):
+    """A convolution with padding 1."""
+    from lipjax import convolution
+
+    return convolution(kernel, jnp.zeros(kernel.shape[3]), shape, (stride, stride), ((1, 1), (1, 1)))
+
+
+_rows = bounds.full_row_norms
+
+
+def _method(num_iters: int) -> training.Method:
+    rate = optax.constant_schedule(1e-3)
+    return training.Method(
+        local=True,
+        margins=margins.pairwise_lipschitz,
+        needs_box=False,
+        loss=losses.gloro,
+        eps=optax.constant_schedule(EPS),
+        kappa=optax.constant_schedule(0.5),
+        learning_rate=rate,
+        optimizer=training.adam(rate),
+        num_iters=num_iters,
+        global_iters=10,
+        noise=0.01,
+    )
+
+
+def _state(method, params, vectors, shape, batch_size):
+    """A state, data and a batch for one device, placed as in a run."""
+    tables = tuple(jnp.broadcast_to(v[None], (EXAMPLES, *v.shape)) for v in vectors)
+    key = jax.random.key_data(jax.random.key(1))
+    state = training.TrainState(jnp.int32(0), params, method.optimizer.init(params), key, vectors, tables, ())
+    devices = jax.local_device_count()
+    state = jax.pmap(lambda a: a)(jax.tree.map(lambda a: jnp.broadcast_to(a[None], (devices, *a.shape)), state))
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (1, EXAMPLES, *shape), dtype=np.uint8).repeat(devices, 0)
+    labels = rng.integers(0, 10, (1, EXAMPLES)).astype(np.int32).repeat(devices, 0)
+    data = jax.pmap(lambda a: a)(training.Images(images, labels, 255))
+    index = np.broadcast_to(np.arange(batch_size, dtype=np.int32), (devices, batch_size))
+    return state, data, training.Batch(index, np.ones((devices, batch_size), np.float32))
+
+
+def _timed(functions: dict, rounds: int) -> dict:
+    """Median seconds of each function, the rounds interleaved."""
+    for function in functions.values():
+        jax.block_until_ready(function())
+    times = {name: [] for name in functions}
+    for _ in range(rounds):
+        for name, function in functions.items():
+            started = time.perf_counter()
+            jax.block_until_ready(function())
+            times[name].append(time.perf_counter() - started)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+if __name__ == "__main__":
+    main()

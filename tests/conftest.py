@@ -1,0 +1,16 @@
+"""Set-up of every test: a compilation cache, strict rank promotion, and hypothesis without chance or deadlines."""
+
+import os
+import tempfile
+from pathlib import Path
+
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(tempfile.gettempdir()) / "lipjax_jax_cache"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+
+import hypothesis
+import jax
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+hypothesis.settings.register_profile("lipjax", deadline=None, derandomize=True, database=None, print_blob=False)
+hypothesis.settings.load_profile("lipjax")

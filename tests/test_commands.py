@@ -1,0 +1,112 @@
+"""Bad input to the scripts: one line, exit status 2, no traceback."""
+
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from lipjax import settings
+from lipjax.errors import InputError
+
+ROOT = pathlib.Path(__file__).parents[1]
+DIGITS = f"--config={ROOT / 'configs' / 'digits.py'}"
+MNIST = f"--config={ROOT / 'configs' / 'mnist_4c3f.py'}"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        ([f"--config={ROOT / 'configs' / 'nothing.py'}"], ["nothing.py", "configs/digits.py"]),
+        ([DIGITS + ":magic"], ["unknown method 'magic'", "local_bcp", "local_gloro"]),
+        ([DIGITS, "--config.schedule.epoch=3"], ["epoch", "epochs"]),
+        ([DIGITS, "--config.schedule.epochs=many"], ["many"]),
+        ([DIGITS, "--config.schedule.epochs=0"], ["--config.schedule.epochs=0", "at least 1"]),
+        ([DIGITS, "--config.eps=nan"], ["--config.eps=nan", "more than 0"]),
+        ([DIGITS, "--config.eps_train=-1"], ["--config.eps_train=-1", "more than 0"]),
+        ([DIGITS, "--config.eps=inf"], ["--config.eps=inf", "finite"]),
+        ([DIGITS, "--config.schedule.ramp=1.5"], ["--config.schedule.ramp=1.5", "at most 1"]),
+        ([DIGITS, "--config.schedule.warmup=0.9"], ["ramp=0.5", "warm-up"]),
+        ([DIGITS, "--config.data.name=imagenet"], ["imagenet", "mnist"]),
+        ([DIGITS, "--config.model.activation=gelu"], ["gelu", "clipped_relu"]),
+        ([DIGITS, "--config.model.architecture=resnet"], ["resnet", "4c3f"]),
+        ([DIGITS, "--config.method.loss=hinge"], ["hinge", "gloro"]),
+        ([DIGITS, "--config.power_iteration.num_iters=0"], ["num_iters=0", "at least 1"]),
+        ([DIGITS, "more"], ["unexpected argument 'more'"]),
+        ([DIGITS, "--epochs=3"], ["epochs"]),
+    ],
+)
+def test_bad_configs_are_one_line_that_names_the_value(arguments, parts):
+    with pytest.raises(InputError) as caught:
+        settings.parse(arguments)
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in parts:
+        assert part in message
+
+
+def run(name, *arguments, **options):
+    command = [sys.executable, str(ROOT / name), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120, check=False, **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "part"),
+    [
+        ("train.py", [], "--config"),
+        ("train.py", ["--config", "configs/digits.py", "--config.schedule.epocs=3"], "epochs"),
+        (
+            "train.py",
+            ["--config", "configs/mnist_4c3f.py", "--config.data.dir={tmp}", "--config.data.cache={tmp}"],
+            "{tmp}",
+        ),
+        ("train.py", ["--config", "configs/digits.py", "--resume"], "--workdir"),
+        ("certify.py", ["--workdir", "{tmp}"], "is not a run"),
+        ("certify.py", ["--workdir", "{tmp}", "--eps", "wide"], "wide"),
+        ("certify.py", ["--workdir", "{tmp}", "--split", "val"], "val"),
+    ],
+)
+def test_scripts_exit_with_2_and_one_line(name, arguments, part, tmp_path):
+    filled = [argument.format(tmp=tmp_path) for argument in arguments]
+    done = run(name, *filled)
+    assert done.returncode == 2
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith(f"{name}: ")
+    assert part.format(tmp=tmp_path) in lines[0]
+    assert done.stdout == ""
+
+
+@pytest.mark.parametrize("name", ["train.py", "certify.py"])
+def test_help_shows_examples(name):
+    done = run(name, "--help")
+    assert done.returncode == 0
+    assert "Examples:" in done.stdout
+    assert f"python {name}" in done.stdout
+
+
+def test_mnist_config_holds_the_numbers_of_table_3():
+    config = settings.parse([MNIST])
+    assert (config.method.name, config.model.architecture, config.model.activation) == (
+        "local_gloro",
+        "4c3f",
+        "clipped_relu",
+    )
+    assert (config.eps, config.eps_train, config.model.theta, config.seed) == (1.58, 1.58, 1.0, 0)
+    schedule = config.schedule
+    assert (schedule.epochs, schedule.batch_size, schedule.learning_rate, schedule.learning_rate_end) == (
+        300,
+        256,
+        1e-3,
+        5e-6,
+    )
+    assert [schedule.epochs * part for part in (schedule.warmup, schedule.ramp, schedule.constant)] == [0, 150, 150]
+    assert config.power_iteration.num_iters == 5
+    assert config.data.validation == 5000
+    assert settings.parse([MNIST + ":local_bcp"]).method.margins == "box_and_ball"
+
+
+def test_config_survives_the_run_folder(tmp_path):
+    config = settings.parse([MNIST, "--config.data.dir=somewhere"])
+    settings.save(config, tmp_path)
+    assert settings.load(tmp_path).to_dict() == config.to_dict()

@@ -1,0 +1,24 @@
+"""The README's example runs as printed, and what it says about itself is true."""
+
+import pathlib
+import re
+
+import numpy as np
+
+README = (pathlib.Path(__file__).parents[1] / "README.md").read_text()
+
+
+def test_example_runs_as_printed(capsys):
+    (code,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    assert len(code.strip().splitlines()) <= 15
+    scope = {}
+    exec(compile(code, "README.md", "exec"), scope)
+    assert np.shape(scope["lipschitz"]) == (1,)
+    assert np.isfinite(scope["lipschitz"]).all()
+    assert np.shape(scope["margins"]) == (10,)
+    assert np.isfinite(scope["margins"]).all()
+
+
+def test_local_links_lead_somewhere():
+    for target in re.findall(r"\]\((?!http)([^)#]+)", README):
+        assert (pathlib.Path(__file__).parents[1] / target).exists(), target

@@ -1,0 +1,209 @@
+"""Whole runs on a shrunken digits config: log, checkpoints, resumption after a kill, certification."""
+
+import csv
+import json
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from lipjax import data, networks, reports, runs, settings
+
+ROOT = pathlib.Path(__file__).parents[1]
+SHRUNK = [
+    "--config.schedule.epochs=3",
+    "--config.data.validation=1037",
+    "--config.certify.limit=20",
+    "--config.certify.batch_size=20",
+    "--config.probe.size=4",
+    "--config.probe.max_iters=50",
+    "--config.checkpoint.every=1",
+]
+TIMINGS = ("seconds", "images_per_second")
+
+
+def shrunk(method="local_gloro", *more):
+    return settings.parse([f"--config={ROOT / 'configs' / 'digits.py'}:{method}", *SHRUNK, *more])
+
+
+def script(name, *arguments, **options):
+    command = [sys.executable, str(ROOT / name), *arguments]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT, **options)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run that was never interrupted, made by the script."""
+    workdir = tmp_path_factory.mktemp("run") / "straight"
+    process = script("train.py", "--config", "configs/digits.py", *SHRUNK, "--workdir", str(workdir))
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    return workdir, output
+
+
+def rows_without_timings(workdir):
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key not in TIMINGS} for row in rows]
+
+
+def test_train_ends_with_the_table_and_the_path(finished):
+    workdir, output = finished
+    for word in ("clean", "PGD", "certified", "level estimate", "no proof", str(workdir)):
+        assert word in output
+
+
+def test_log_has_a_row_per_epoch_in_both_files(finished):
+    workdir, _ = finished
+    rows = rows_without_timings(workdir)
+    assert [row["epoch"] for row in rows] == [1, 2, 3]
+    expected = {"loss", "clean_accuracy", "certified_accuracy", "local_lipschitz", "global_lipschitz", "live_1", "eps"}
+    expected |= {"validation_certified_accuracy", "probe_lipschitz_ratio", "probe_sigma_ratio_1", "learning_rate"}
+    assert expected <= set(rows[-1])
+    with (workdir / "metrics.csv").open() as file:
+        table = list(csv.DictReader(file))
+    assert [float(line["loss"]) for line in table] == [row["loss"] for row in rows]
+    assert rows[-1]["probe_lipschitz_ratio"] <= 1 + 1e-3
+
+
+def test_a_killed_run_resumes_to_the_same_metrics_bit_for_bit(finished, tmp_path):
+    straight, _ = finished
+    workdir = tmp_path / "killed"
+    arguments = ("--config", "configs/digits.py", *SHRUNK, "--workdir", str(workdir))
+    process = script("train.py", *arguments, start_new_session=True)
+    deadline = time.monotonic() + 240
+    while not list(workdir.glob("checkpoints/last/1")):
+        assert process.poll() is None, process.stdout.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    assert not (workdir / "checkpoints" / "last" / "3").exists(), "the kill came too late to test anything"
+    process = script("train.py", *arguments, "--resume")
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    assert rows_without_timings(workdir) == rows_without_timings(straight)
+    hashes = [json.loads((folder / "summary.json").read_text())["params_sha256"] for folder in (straight, workdir)]
+    assert hashes[0] == hashes[1]
+
+
+def test_a_corrupt_checkpoint_is_refused_and_the_one_before_it_used(finished, tmp_path, capsys):
+    straight, _ = finished
+    workdir = tmp_path / "corrupt"
+    shutil.copytree(straight, workdir)
+    for path in (workdir / "checkpoints" / "last" / "3").rglob("d/*"):
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+    runs.train(shrunk(), workdir, resume=True)
+    assert f"refusing checkpoint {workdir / 'checkpoints' / 'last' / '3'}" in capsys.readouterr().err
+    assert rows_without_timings(workdir) == rows_without_timings(straight)
+    assert rows_without_timings(workdir)[-1]["epoch"] == 3
+
+
+def test_resuming_with_another_config_is_refused(finished):
+    workdir, _ = finished
+    with pytest.raises(settings.InputError, match=r"--config\.eps_train=0\.7 differs from the run to resume"):
+        runs.train(shrunk("local_gloro", "--config.eps_train=0.7"), workdir, resume=True)
+
+
+def test_a_used_folder_is_refused(finished):
+    workdir, _ = finished
+    with pytest.raises(settings.InputError, match="is not empty; go on with --resume"):
+        runs.train(shrunk(), workdir, resume=False)
+
+
+def test_certify_reads_the_run_and_writes_all_files(finished, tmp_path):
+    workdir, _ = finished
+    output = tmp_path / "out"
+    process = script("certify.py", "--workdir", str(workdir), "--eps", "0.1", "--limit", "30", "--batch-size", "7",
+                     "--output", str(output))  # fmt: skip
+    printed, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, printed
+    summary = json.loads((output / "summary.json").read_text())
+    columns = ["index", "label", "prediction", "worst_margin", "lipschitz", "certified", "attacked"]
+    with (output / "certificates.csv").open() as file:
+        lines = list(csv.reader(file))
+    assert lines[0] == columns
+    assert len(lines) == 31
+    with np.load(output / "certificates.npz") as arrays:
+        assert set(columns) <= set(arrays.files)
+        assert str(arrays["level"]) == summary["level"] == "estimate"
+        certified, correct = arrays["certified"], arrays["prediction"] == arrays["label"]
+        attacked, worst = arrays["attacked"], arrays["worst_margin"]
+    assert summary["certified_accuracy"] == certified.mean()
+    assert summary["clean_accuracy"] == correct.mean()
+    assert summary["pgd_accuracy"] == (correct & ~attacked).mean()
+    assert (certified == (correct & (worst > 0))).all()
+    assert summary["eps"] == 0.1
+    assert summary["counts"]["examples"] == 30
+    assert "level estimate: norms estimated from below, no proof" in printed
+    for key in ("checkpoint_step", "params_sha256", "versions", "seconds", "power_iterations", "live_share"):
+        assert summary[key]
+
+
+def test_results_do_not_depend_on_the_batch_size(finished, tmp_path):
+    workdir, _ = finished
+    found = [
+        runs.certify(workdir, limit=11, batch_size=size, output=tmp_path / str(size))["counts"] for size in (11, 4)
+    ]
+    assert found[0] == found[1]
+    with np.load(tmp_path / "11" / "certificates.npz") as a, np.load(tmp_path / "4" / "certificates.npz") as b:
+        np.testing.assert_allclose(a["worst_margin"], b["worst_margin"], rtol=1e-4, atol=1e-5)
+        np.testing.assert_array_equal(a["attacked"], b["attacked"])
+
+
+def test_restored_model_is_an_ordinary_flax_model(finished):
+    workdir, _ = finished
+    config = settings.load(workdir)
+    model, facts = runs.restore_model(workdir, config, "last")
+    images = data.load("digits", "test").images[:5].astype(np.float32) / 16
+    network = networks.from_flax(model, images.shape[1:])
+    np.testing.assert_allclose(model(images), network(images), atol=1e-5)
+    assert facts["epoch"] == 3
+
+
+def test_steps_compile_once_in_a_whole_run(tmp_path):
+    run = runs.Run(shrunk(), tmp_path)
+    state = run.spread(run.initial_state())
+    compiled = []
+    listener = lambda event, _, **facts: compiled.append(facts.get("fun_name")) if "backend_compile" in event else None  # noqa: E731
+    jax.monitoring.register_event_duration_secs_listener(listener)
+    try:
+        for epoch in range(3):
+            state, _ = run.epoch(state, epoch)
+    finally:
+        jax.monitoring.clear_event_listeners()
+    steps = [name for name in compiled if name and "_fun" in name]
+    assert len(steps) == 2, f"train and validation step, once each; compiled were {compiled}"
+
+
+def test_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path):
+    workdir = tmp_path / "diverging"
+    config = shrunk("gloro", "--config.schedule.learning_rate=1e18", "--config.schedule.learning_rate_end=1e18")
+    with pytest.raises(settings.InputError, match="no longer finite.*last good checkpoint is kept"):
+        runs.train(config, workdir, resume=False)
+    assert not list(workdir.glob("checkpoints/*/[0-9]*"))
+
+
+def test_without_a_validation_split_best_is_last(tmp_path):
+    config = shrunk("gloro", "--config.data.validation=0", "--config.schedule.epochs=1")
+    runs.train(config, tmp_path / "run", resume=False)
+    _, facts = runs.restore_model(tmp_path / "run", config, "best")
+    assert facts["checkpoint"] == "last"
+    assert facts["epoch"] == 1
+
+
+@pytest.mark.parametrize("method", ["local_bcp", "gloro"])
+def test_other_methods_lower_their_loss(method, tmp_path):
+    config = shrunk(method, "--config.schedule.kappa=0.0", "--config.schedule.ramp=0.0", "--config.eps_train=0.05")
+    runs.train(config, tmp_path / "run", resume=False)
+    rows = reports.read_rows(tmp_path / "run", before=3)
+    assert rows[-1]["loss"] < rows[0]["loss"]

@@ -1,0 +1,95 @@
+"""The shape of the package: imports run one way, modules stay short, and what is public is documented."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import lipjax
+
+PACKAGE = Path(lipjax.__file__).parent
+MODULES = {path.stem: path for path in sorted(PACKAGE.glob("*.py"))}
+
+# A module imports only from modules before it.
+ORDER = [
+    *("errors", "regions", "convolutions", "models", "data"),
+    *("layers", "networks", "spectral", "bounds", "margins", "certificates"),
+    *("losses", "attacks", "schedules"),
+    *("settings", "training", "checkpoints", "evaluation", "reports", "runs", "commands"),
+    "__init__",
+]
+MAX_LINES = 350
+
+
+def imports_of(path):
+    """The modules of lipjax that a file imports, at any depth of it, as names without the package."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            module = ".".join(filter(None, ["lipjax" if node.level else "", node.module]))
+            names = [module] if module != "lipjax" else [f"lipjax.{alias.name}" for alias in node.names]
+        else:
+            continue
+        found |= {name.split(".")[1] for name in names if name.startswith("lipjax.")}
+    return found & MODULES.keys()
+
+
+GRAPH = {name: imports_of(path) for name, path in MODULES.items()}
+
+
+def test_every_module_has_its_place_in_the_order():
+    missing = MODULES.keys() - set(ORDER)
+    gone = set(ORDER) - MODULES.keys()
+    assert not missing, f"add {sorted(missing)} to ORDER in tests/test_structure.py"
+    assert not gone, f"remove {sorted(gone)} from ORDER in tests/test_structure.py"
+    assert len(ORDER) == len(set(ORDER))
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_imports_run_one_way(name):
+    allowed = set(ORDER[: ORDER.index(name)])
+    wrong = GRAPH[name] - allowed
+    assert not wrong, f"lipjax/{name}.py imports {sorted(wrong)}, which come after it in ORDER"
+
+
+def test_imports_are_acyclic():
+    left = {name: set(targets) for name, targets in GRAPH.items()}
+    assert any(left.values())
+    while free := [name for name, targets in left.items() if not targets & left.keys()]:
+        for name in free:
+            del left[name]
+    assert not left, f"these modules import each other in a circle: {sorted(left)}"
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_modules_are_documented_and_without_star_imports(name):
+    tree = ast.parse(MODULES[name].read_text())
+    assert ast.get_docstring(tree)
+    stars = [n for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and any(a.name == "*" for a in n.names)]
+    assert not stars
+
+
+@pytest.mark.parametrize("name", sorted(MODULES.keys() - {"runs"}))
+def test_modules_are_short(name):
+    assert len(MODULES[name].read_text().splitlines()) <= MAX_LINES, f"lipjax/{name}.py is too long"
+
+
+@pytest.mark.parametrize("name", lipjax.__all__)
+def test_every_public_name_exists_and_has_a_docstring(name):
+    value = getattr(lipjax, name)
+    if name == "__version__":
+        assert value
+        return
+    doc = value.__doc__ or ""
+    assert doc.strip()
+    assert not doc.startswith(f"{name}("), "this is the signature that dataclasses write, not a docstring"
+
+
+def test_all_is_sorted_without_repetition():
+    assert len(lipjax.__all__) == len(set(lipjax.__all__))
+
+
+def test_the_package_says_that_it_is_typed():
+    assert (PACKAGE / "py.typed").is_file()

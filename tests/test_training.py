@@ -1,0 +1,234 @@
+"""The training step: gradients, padding, stored vectors, devices, compilation."""
+
+import dataclasses
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from lipjax import bounds, losses, margins, models, networks, regions, runs, training
+
+SHAPE, CLASSES, EXAMPLES = (6, 6, 1), 3, 12
+
+
+def small_model():
+    rngs = nnx.Rngs(0)
+    return nnx.Sequential(
+        nnx.Conv(1, 4, (3, 3), padding=1, rngs=rngs),
+        models.ClippedReLU((6, 6, 4)),
+        nnx.Conv(4, 4, (4, 4), strides=2, padding=1, rngs=rngs),
+        models.ClippedReLU((3, 3, 4)),
+        models.flatten,
+        nnx.Linear(36, CLASSES, rngs=rngs),
+    )
+
+
+def method(learning_rate=1.0, optimizer=None, **changes):
+    constant = optax.constant_schedule
+    return dataclasses.replace(
+        training.Method(
+            local=True,
+            margins=margins.pairwise_lipschitz,
+            needs_box=False,
+            loss=losses.gloro,
+            eps=constant(0.3),
+            kappa=constant(0.25),
+            learning_rate=constant(learning_rate),
+            optimizer=optimizer or optax.sgd(learning_rate),
+            num_iters=2,
+            global_iters=3,
+            noise=0.01,
+        ),
+        **changes,
+    )
+
+
+def data_and_state(method, devices, examples=EXAMPLES):
+    """The same examples, dealt out over the devices, and a state whose vectors are all the global ones."""
+    model = small_model()
+    graphdef, params = nnx.split(model, nnx.Param)
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (examples, *SHAPE), dtype=np.uint8)
+    labels = rng.integers(0, CLASSES, examples).astype(np.int32)
+    vectors = training.initial_vectors(networks.from_flax(model, SHAPE), jax.random.key(1), 5)
+    share = examples // devices
+    tables = tuple(jnp.broadcast_to(v[None, None], (devices, share, *v.shape)) for v in vectors)
+    shared = (jnp.int32(0), params, method.optimizer.init(params), jax.random.key_data(jax.random.key(2)), vectors)
+    shared = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf[None], (devices, *leaf.shape)), shared)
+    data = training.Images(images.reshape(devices, share, *SHAPE), labels.reshape(devices, share), 255)
+    return graphdef, training.TrainState(*shared, tables, ()), data
+
+
+def full_batch(devices, examples=EXAMPLES):
+    share = examples // devices
+    index = np.broadcast_to(np.arange(share, dtype=np.int32), (devices, share))
+    return training.Batch(index, np.ones((devices, share), np.float32))
+
+
+def one_step(method, devices=1):
+    graphdef, state, data = data_and_state(method, devices)
+    step = training.mapped(training.train_step, method, graphdef)
+    return step(state, data, full_batch(devices))
+
+
+def params_of(state):
+    return [np.asarray(leaf)[0] for leaf in jax.tree.leaves(state.params)]
+
+
+def test_gradient_of_the_step_is_that_of_the_mean_loss_written_out():
+    chosen = method()
+    graphdef, state, data = data_and_state(chosen, 1)
+    before = params_of(state)
+    stored = jax.tree.map(lambda leaf: leaf[0], state)
+    x, labels = jnp.asarray(data.images[0], jnp.float32) / 255, data.labels[0]
+
+    def mean_loss(params):
+        network = networks.from_flax(nnx.merge(graphdef, params), SHAPE)
+        key = jax.random.fold_in(stored.key, 0)
+        whole = bounds.WarmStarted(stored.global_vectors, None, key, 3, 0.01)
+        shared = bounds.global_norms(network, whole)[1]
+        total = 0.0
+        for place in range(EXAMPLES):
+            vectors = tuple(table[place] for table in stored.vectors)
+            norm = bounds.WarmStarted(vectors, shared, key, 2, 0.01)
+            found = bounds.propagate(network, regions.l2_ball(x[place], 0.3), norm, bounds.full_row_norms)
+            logits = network.logits(x[place])
+            worst = margins.worst_logits(
+                logits, margins.pairwise_lipschitz(network.head, found.features, labels[place]), labels[place]
+            )
+            clean = losses.cross_entropy(logits, labels[place])
+            total += 0.25 * clean + 0.75 * losses.gloro(logits, worst, labels[place])
+        return total / EXAMPLES
+
+    expected = jax.tree.leaves(jax.jit(jax.grad(mean_loss))(stored.params))
+    after, metrics = training.mapped(training.train_step, chosen, graphdef)(state, data, full_batch(1))
+    for old, new, gradient in zip(before, params_of(after), expected, strict=True):
+        np.testing.assert_allclose(old - new, gradient, atol=2e-6)
+    np.testing.assert_allclose(metrics["loss"][0], jax.jit(mean_loss)(stored.params), rtol=1e-5)
+
+
+def test_padding_changes_neither_gradient_nor_metrics_nor_stored_vectors():
+    chosen = method()
+    graphdef, state, data = data_and_state(chosen, 1)
+    plain = training.Batch(np.arange(5, dtype=np.int32)[None], np.ones((1, 5), np.float32))
+    index = np.array([[0, 1, 2, 3, 4, 7, 7, 0]], np.int32)
+    padded = training.Batch(index, np.array([[1, 1, 1, 1, 1, 0, 0, 0]], np.float32))
+    results = []
+    for batch in (plain, padded):
+        copy = jax.tree.map(jnp.array, state)
+        results.append(training.mapped(training.train_step, chosen, graphdef)(copy, data, batch))
+    (left, left_metrics), (right, right_metrics) = results
+    for a, b in zip(params_of(left), params_of(right), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+    for key in left_metrics:
+        np.testing.assert_allclose(left_metrics[key], right_metrics[key], rtol=1e-5, atol=1e-6)
+    for before, a, b in zip(state.vectors, left.vectors, right.vectors, strict=True):
+        assert a.dtype == b.dtype == jnp.bfloat16
+        np.testing.assert_array_equal(np.asarray(before[0, 7], np.float32), np.asarray(b[0, 7], np.float32))
+        np.testing.assert_allclose(np.asarray(a, np.float32), np.asarray(b, np.float32), atol=1e-2)
+        assert np.any(np.asarray(a[0, :5], np.float32) != np.asarray(before[0, :5], np.float32))
+
+
+def test_a_nan_in_a_padded_example_stays_out_of_the_step():
+    # Weight 0 times NaN is NaN: padding must not be looked at. Here padding repeats a real example of weight 0.
+    state, metrics = one_step(method())
+    assert bool(metrics["finite"][0])
+    assert np.isfinite(metrics["loss"][0])
+
+
+def test_metrics_say_when_parameters_are_no_longer_finite():
+    _, metrics = one_step(method(optimizer=optax.sgd(float("inf"))))
+    assert not bool(metrics["finite"][0])
+
+
+@pytest.mark.parametrize("norms", ["local", "global"])
+def test_dead_network_has_finite_gradients(norms):
+    model = small_model()
+    model.layers[0].bias[...] = jnp.full(4, -1e3)
+    graphdef, params = nnx.split(model, nnx.Param)
+    chosen = method(local=norms == "local", margins=margins.box_and_ball, needs_box=True)
+    _, state, data = data_and_state(chosen, 1)
+    dead = jax.tree.map(lambda leaf: leaf[None], params)
+    state = dataclasses.replace(state, params=dead)
+    after, metrics = training.mapped(training.train_step, chosen, graphdef)(state, data, full_batch(1))
+    assert bool(metrics["finite"][0])
+    assert all(np.isfinite(leaf).all() for leaf in params_of(after))
+
+
+def test_clips_are_projected_to_be_nonnegative():
+    model = small_model()
+    params = nnx.state(model, nnx.Param)
+    optimizer = training.adam(optax.constant_schedule(0.5))
+    state = optimizer.init(params)
+    gradient = jax.tree.map(jnp.ones_like, params)
+    for _ in range(4):
+        updates, state = optimizer.update(gradient, state, params)
+        params = optax.apply_updates(params, updates)
+    thetas = [leaf for path, leaf in jax.tree.leaves_with_path(params) if "theta" in jax.tree_util.keystr(path)]
+    others = [leaf for path, leaf in jax.tree.leaves_with_path(params) if "theta" not in jax.tree_util.keystr(path)]
+    assert len(thetas) == 2
+    assert all(float(jnp.min(leaf)) == 0.0 for leaf in thetas)
+    assert any(float(jnp.min(leaf)) < 0 for leaf in others)
+
+
+def test_warm_vectors_approach_the_converged_norm_over_steps():
+    chosen = method(optimizer=optax.sgd(0.0))
+    graphdef, state, data = data_and_state(chosen, 1)
+    network = networks.from_flax(nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf[0], state.params)), SHAPE)
+    x = jnp.asarray(data.images[0], jnp.float32) / 255
+    exact = np.asarray(jax.jit(bounds.local_lipschitz)(network, x, 0.3, bounds.Estimate(jax.random.key(5), tol=1e-6)))
+    step = training.mapped(training.train_step, chosen, graphdef)
+    for _ in range(30):
+        state, metrics = step(state, data, full_batch(1))
+    assert metrics["local_lipschitz"][0] == pytest.approx(exact.mean(), rel=0.02)
+    assert metrics["local_lipschitz"][0] <= exact.mean() * (1 + 2e-3)
+
+
+DEVICES_SCRIPT = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import jax, numpy as np
+import test_training
+state, metrics = test_training.one_step(test_training.method(), jax.local_device_count())
+np.savez(sys.argv[2], count=jax.local_device_count(), loss=metrics["loss"][0], *test_training.params_of(state))
+"""
+
+
+def test_gradients_on_four_devices_equal_those_on_one(tmp_path):
+    results = []
+    for count in (1, 4):
+        path = tmp_path / f"{count}.npz"
+        flags = f"--xla_force_host_platform_device_count={count}"
+        environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+        arguments = [sys.executable, "-c", DEVICES_SCRIPT, str(pathlib.Path(__file__).parent), str(path)]
+        subprocess.run(arguments, env=environment, check=True, timeout=300)
+        results.append(np.load(path))
+    assert [int(result["count"]) for result in results] == [1, 4]
+    for name in results[0].files:
+        if name != "count":
+            np.testing.assert_allclose(results[0][name], results[1][name], atol=2e-6)
+
+
+def test_batches_cover_every_example_once_with_one_shape():
+    batches = runs.Batches(size=8, devices=2, seed=3)
+    seen = [set(), set()]
+    parts = list(batches.shuffled(27, epoch=1))
+    assert len(parts) == batches.steps(27) == 4
+    for batch in parts:
+        assert batch.index.shape == batch.weight.shape == (2, 4)
+        for device in range(2):
+            real = batch.index[device][batch.weight[device] > 0].tolist()
+            assert not seen[device] & set(real)
+            seen[device] |= set(real)
+    assert seen == [set(range(14)), set(range(13))]
+    again = list(batches.shuffled(27, epoch=1))
+    other = list(batches.shuffled(27, epoch=2))
+    assert all((a.index == b.index).all() for a, b in zip(parts, again, strict=True))
+    assert any((a.index != b.index).any() for a, b in zip(parts, other, strict=True))

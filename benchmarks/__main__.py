@@ -18,7 +18,7 @@ import optax
 from flax import nnx
 from jax import lax
 
-from lipjax import bounds, losses, margins, models, networks, spectral, training
+from lipjax import bounds, layers, losses, margins, models, networks, spectral, training
 from lipjax.regions import l2_ball
 
 EPS, EXAMPLES = 1.58, 512
@@ -52,18 +52,17 @@ def step_parts(architecture: str, shape: tuple, batch_size: int, num_iters: int,
     stored = tuple(table[0][:batch_size] for table in state.vectors)
 
     def regions(network, norm):
-        return jax.vmap(lambda one, vectors: bounds.propagate(network, l2_ball(one, EPS), norm(vectors), _rows).features)(
-            x, stored
-        )
+        def one(x, vectors):
+            return bounds.propagate(network, l2_ball(x, EPS), norm(vectors), bounds.full_row_norms).features
+
+        return jax.vmap(one)(x, stored)
 
     sigmas = jnp.ones(len(vectors))
     parts: dict[str, Callable] = {
         "forward pass": jax.jit(lambda network: network(x)),
         "boxes": jax.jit(lambda network: regions(network, lambda _: bounds.Given(sigmas))),
         "power iteration": jax.jit(
-            lambda network: regions(
-                network, lambda own: bounds.WarmStarted(own, vectors, jax.random.key(0), num_iters)
-            )
+            lambda network: regions(network, lambda own: bounds.WarmStarted(own, vectors, jax.random.key(0), num_iters))
         ),
         "clean gradient": jax.jit(jax.grad(lambda network: jnp.mean(losses.cross_entropy(network(x), labels)))),
     }
@@ -100,7 +99,7 @@ def loop_against_no_loop(rounds: int) -> None:
         x = jax.random.normal(key, (128, *shape))
 
         def products(kernel, x, loop, shape=shape, stride=stride):
-            layer = lipjax_convolution(kernel, shape, stride)
+            layer = layers.convolution(kernel, jnp.zeros(kernel.shape[3]), shape, (stride,) * 2, ((1, 1), (1, 1)))
             linear_map = bounds.linear_map(layer)
 
             def iterate(_, u):
@@ -118,16 +117,6 @@ def loop_against_no_loop(rounds: int) -> None:
         functions = {loop: jax.jit(lambda k, x, loop=loop: products(k, x, loop)) for loop in (True, False)}
         times = _timed({loop: (lambda f=f: f(kernel, x)) for loop, f in functions.items()}, rounds)  # noqa: B023
         print(f"convolution {name}: inside a loop {times[True] / times[False]:.2f} of outside (target: at most 1.5)")
-
-
-def lipjax_convolution(kernel, shape, stride):
-    """A convolution with padding 1."""
-    from lipjax import convolution
-
-    return convolution(kernel, jnp.zeros(kernel.shape[3]), shape, (stride, stride), ((1, 1), (1, 1)))
-
-
-_rows = bounds.full_row_norms
 
 
 def _method(num_iters: int) -> training.Method:

@@ -8,8 +8,6 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from lipjax.losses import cross_entropy
-
 
 def pgd(
     network: Callable[[Array], Array],
@@ -23,6 +21,9 @@ def pgd(
 ) -> Array:
     """l2 PGD on the cross entropy from one random start, every iterate inside the ball and in [0, 1].
 
+    Steps are along the normalised gradient of log sum exp of the rivals' logits minus the label's: the direction of
+    the cross entropy, which is a monotone function of it, but one that does not vanish where the loss saturates.
+
     Args:
         network: inputs (B, ...) to logits (B, classes); any function of JAX.
         x: clean inputs (B, ...) in [0, 1].
@@ -35,14 +36,22 @@ def pgd(
     Returns:
         Perturbed inputs (B, ...), the last iterate. Attacks of a NaN gradient stay where they are.
 
+    Raises:
+        TypeError: x is not of a floating-point type.
+
     Reference:
         [H21] section 5 (100 steps of eps / 4).
     """
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(f"x has type {x.dtype}; expected floating-point pixels in [0, 1]")
     eps = jnp.asarray(eps, x.dtype)
     step = eps / 4 if step_size is None else jnp.asarray(step_size, x.dtype)
 
     def total_loss(points: Array) -> Array:
-        return jnp.sum(cross_entropy(network(points), label))
+        logits = network(points)
+        own = jnp.arange(logits.shape[1])[None] == label[:, None]
+        rivals = jax.nn.logsumexp(jnp.where(own, -jnp.inf, logits), axis=1)
+        return jnp.sum(rivals - jnp.sum(jnp.where(own, logits, 0), axis=1))
 
     def ascend(_: int, points: Array) -> Array:
         direction = _unit(jax.grad(total_loss)(points))

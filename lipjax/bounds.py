@@ -20,6 +20,7 @@ from lipjax.networks import Network
 from lipjax.regions import Region, all_finite, l2_ball
 from lipjax.spectral import LinearMap
 
+
 class Norm(Protocol):
     """How a pass gets its spectral norms: the one seam between bounds and norms.
 
@@ -191,7 +192,7 @@ def global_lipschitz(network: Network, norm: Norm | None = None) -> Array:
 
 
 def global_norms(network: Network, norm: Norm) -> tuple[Array, tuple[Any, ...]]:
-    """The norms (blocks,) of the whole layers of the feature map, all rows and columns live, and what ``norm`` hands back."""
+    """The norms (blocks,) of the whole layers of the feature map, and what ``norm`` hands back for each."""
     pairs = [norm(place, linear_map(block.affine)) for place, block in enumerate(network.blocks)]
     dtype = network.head.kernel.dtype
     return jnp.stack([sigma for sigma, _ in pairs]) if pairs else jnp.ones(0, dtype), tuple(r for _, r in pairs)
@@ -250,10 +251,8 @@ class WarmStarted:
         oriented = linear_map.from_smaller_side()
         noise = jax.random.normal(jax.random.fold_in(self.key, place), oriented.in_shape)
         start = self.vectors[place].astype(noise.dtype) + self.noise * spectral.unit(noise)
-        if self.shared is not None:
-            other = self.shared[place].astype(noise.dtype)
-            start = jnp.where(oriented.gain(other) > oriented.gain(start), other, start)
-        return spectral.power_iteration(oriented, start, self.num_iters)
+        other = None if self.shared is None else self.shared[place].astype(noise.dtype)
+        return spectral.power_iteration(oriented, start, self.num_iters, other)
 
 
 @jax.tree_util.register_dataclass
@@ -271,7 +270,8 @@ class Given:
 def check_batch(network: Network, x: Array) -> None:
     """Raises ValueError unless x is a batch of inputs of the network."""
     if tuple(jnp.shape(x)[1:]) != network.input_shape or jnp.ndim(x) == 0:
-        raise ValueError(f"x has shape {jnp.shape(x)}; expected a batch (B, {', '.join(map(str, network.input_shape))})")
+        expected = ", ".join(map(str, ("B", *network.input_shape)))
+        raise ValueError(f"x has shape {jnp.shape(x)}; expected a batch ({expected})")
 
 
 def _live_rows(activation: Activation, before: Region) -> Array:

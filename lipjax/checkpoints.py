@@ -101,9 +101,10 @@ class Checkpoints:
 
 
 def flat(tree: Any) -> Arrays:
-    """A pytree as host arrays by name."""
+    """A pytree as host arrays by name; empty arrays, which Orbax cannot write, are left out."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="."): np.asarray(leaf) for path, leaf in leaves}
+    named = {jax.tree_util.keystr(path, simple=True, separator="."): np.asarray(leaf) for path, leaf in leaves}
+    return {name: array for name, array in named.items() if array.size}
 
 
 def unflat(like: Any, arrays: Arrays) -> Any:
@@ -116,7 +117,7 @@ def unflat(like: Any, arrays: Arrays) -> Any:
     leaves = []
     for path, leaf in paths:
         name = jax.tree_util.keystr(path, simple=True, separator=".")
-        found = arrays.get(name)
+        found = arrays.get(name) if leaf.size else np.zeros(leaf.shape, leaf.dtype)
         if found is None or found.shape != leaf.shape:
             there = "nothing" if found is None else f"shape {found.shape}"
             raise InputError(f"the checkpoint has {there} for {name}, the configuration needs shape {leaf.shape}")

@@ -8,12 +8,12 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-from lipjax import runs, settings
+from lipjax import evaluation, runs, settings
 from lipjax.errors import InputError
 
 
 class Parser(argparse.ArgumentParser):
-    """Errors are one line without the usage."""
+    """Errors are one line, without the usage."""
 
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message}; see --help")
@@ -21,7 +21,9 @@ class Parser(argparse.ArgumentParser):
 
 def run(command: Callable[[Parser, list[str]], None], doc: str | None, name: str) -> None:
     """Run a command on the process's arguments; bad input is one line on stderr and exit status 2."""
-    parser = Parser(prog=name, description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(
+        prog=name, description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     try:
         command(parser, sys.argv[1:])
     except InputError as error:
@@ -46,7 +48,7 @@ def train(parser: Parser, arguments: list[str]) -> None:
     workdir = options.workdir or runs.default_workdir(config, name)
     runs.train(config, workdir, resume=options.resume)
     if config.certify.limit:
-        runs.certify(workdir, limit=config.certify.limit)
+        evaluation.certify(workdir, limit=config.certify.limit)
     print(f"\nrun: {workdir}\nmore: python certify.py --workdir {workdir}")
 
 
@@ -60,7 +62,7 @@ def certify(parser: Parser, arguments: list[str]) -> None:
     parser.add_argument("--checkpoint", default="best", choices=("best", "last"), help="default: best on validation")
     parser.add_argument("--output", type=pathlib.Path, help="folder of the files; default: --workdir")
     options = parser.parse_args(arguments)
-    runs.certify(
+    evaluation.certify(
         options.workdir,
         eps=options.eps,
         split=options.split,

@@ -1,8 +1,12 @@
-"""Evaluation: clean, PGD and certified accuracy of a classifier on a data set, example by example."""
+"""Evaluation: clean, PGD and certified accuracy on a data set, example by example, and of a whole run, in files."""
 
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
+import math
+import pathlib
+import platform
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -13,11 +17,12 @@ import numpy as np
 from jax import Array
 from tqdm import tqdm
 
-from lipjax import bounds
+from lipjax import bounds, reports, runs, settings
 from lipjax.attacks import pgd
 from lipjax.certificates import Certificate, certificate
-from lipjax.data import Dataset
-from lipjax.networks import Network
+from lipjax.data import Dataset, load
+from lipjax.errors import InputError
+from lipjax.networks import Network, from_flax
 from lipjax.regions import l2_ball
 
 Columns = dict[str, np.ndarray]
@@ -103,6 +108,69 @@ def evaluate(network: Network, dataset: Dataset, eps: float, *, batch_size: int,
         "seconds": {"bounds": round(bounded - started, 2), "attack": round(finished - bounded, 2)},
     }
     return Evaluation(columns, summary)
+
+
+def certify(
+    workdir: pathlib.Path,
+    *,
+    eps: float | None = None,
+    split: str = "test",
+    limit: int | None = None,
+    batch_size: int | None = None,
+    which: str = "best",
+    output: pathlib.Path | None = None,
+) -> dict[str, Any]:
+    """Certify a trained model of a run, print the table and write certificates and summary.
+
+    Args:
+        workdir: the run's folder.
+        eps: l2 radius; default the config's.
+        split: ``"test"`` or ``"train"``.
+        limit: only the first so many examples.
+        batch_size: examples per call; default the config's.
+        which: ``"best"`` or ``"last"`` checkpoint.
+        output: folder of the files; default the run's.
+
+    Returns:
+        The summary, as in ``summary.json``.
+
+    Raises:
+        InputError: no run, no checkpoint, no data or a value that cannot be used.
+    """
+    config = settings.load(workdir)
+    eps = config.eps if eps is None else eps
+    if not (math.isfinite(eps) and eps > 0):
+        raise InputError(f"--eps={eps} cannot be used; give a finite number more than 0, in [0, 1] pixels")
+    for name, value in (("--limit", limit), ("--batch-size", batch_size)):
+        if value is not None and value < 1:
+            raise InputError(f"{name}={value} cannot be used; give at least 1")
+    dataset = load(config.data.name, split, config.data.dir, config.data.cache)
+    model, facts = runs.restore_model(workdir, config, which)
+    network = from_flax(model, dataset.images.shape[1:])
+    chosen = dataset.take(slice(limit))
+    found = evaluate(network, chosen, eps, batch_size=batch_size or config.certify.batch_size, seed=config.seed)
+    summary = {
+        "dataset": config.data.name,
+        "split": split,
+        **found.summary,
+        "checkpoint": facts["checkpoint"],
+        "checkpoint_step": facts["step"],
+        "checkpoint_epoch": facts["epoch"],
+        "params_sha256": facts["params_sha256"],
+        "method": config.method.name,
+        "seed": config.seed,
+        "device": jax.devices()[0].device_kind,
+        "versions": versions(),
+    }
+    reports.write_certificates(output or workdir, found.columns, summary)
+    reports.print_table(summary)
+    return summary
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a result depends on."""
+    names = ("lipjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in names}}
 
 
 def _bound(

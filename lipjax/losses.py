@@ -10,7 +10,7 @@ from lipjax.regions import Region
 
 
 def cross_entropy(logits: Array, label: Array) -> Array:
-    """``-log softmax(logits)[label]``: the clean loss on clean logits, the worst-case loss on worst logits ([H21] Eq 4).
+    """``-log softmax(logits)[label]``: the clean loss on clean logits, the worst-case loss on worst logits.
 
     Args:
         logits: (..., classes).

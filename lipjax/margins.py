@@ -6,7 +6,6 @@ for one example, lower bounds of logits[y] - logits[j] over the region, one per 
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
 

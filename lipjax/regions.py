@@ -60,8 +60,16 @@ def l2_ball(x: Array, eps: Array | float) -> Region:
 
     Returns:
         A region in which every coordinate is live.
+
+    Raises:
+        TypeError: x is not of a floating-point type (integer pixels would also round eps to an integer).
+        ValueError: eps is known and negative. A traced negative eps makes the region not finite.
     """
-    eps = jnp.asarray(eps, x.dtype)
+    if not jnp.issubdtype(jnp.result_type(x), jnp.floating):
+        raise TypeError(f"x has type {jnp.result_type(x)}; expected floating-point pixels in [0, 1]")
+    if not isinstance(eps, jax.core.Tracer) and not jnp.ndim(eps) and eps < 0:
+        raise ValueError(f"eps is {eps}; expected a radius of at least 0, in [0, 1] pixels")
+    eps = jnp.where(jnp.asarray(eps, x.dtype) < 0, jnp.nan, jnp.asarray(eps, x.dtype))
     lower, upper = x - eps, x + eps
     return Region(lower, upper, x, eps, jnp.ones(x.shape, bool), all_finite(lower, upper))
 

@@ -54,7 +54,8 @@ def short(row: Row) -> str:
     live = " ".join(f"{100 * row[key]:.0f}" for key in row if key.startswith("live_"))
     return (
         f"loss {row['loss']:.3f}  clean {row['clean_accuracy']:.3f}  certified {row['certified_accuracy']:.3f}  "
-        f"eps {row.get('eps', 0.0):.3g}  lipschitz {row['local_lipschitz']:.3g}/{row['global_lipschitz']:.3g}  live% {live}"
+        f"eps {row.get('eps', 0.0):.3g}  lipschitz {row['local_lipschitz']:.3g}/{row['global_lipschitz']:.3g}  "
+        f"live% {live}"
     )
 
 
@@ -82,7 +83,12 @@ def print_table(summary: Row) -> None:
     rows = [
         ("clean", summary["clean_accuracy"], counts["correct"], ""),
         ("PGD", summary["pgd_accuracy"], counts["correct_after_pgd"], f"l2, eps {summary['eps']:.6g}, 100 steps"),
-        ("certified", summary["certified_accuracy"], counts["certified"], f"level {summary['level']}: {LEVELS[summary['level']]}"),
+        (
+            "certified",
+            summary["certified_accuracy"],
+            counts["certified"],
+            f"level {summary['level']}: {LEVELS[summary['level']]}",
+        ),
     ]
     print(f"\n{summary['dataset']} {summary['split']}, {counts['examples']} images, eps {summary['eps']:.6g}")
     print(f"{'accuracy':<12}{'fraction':>10}{'images':>10}   remark")
@@ -90,7 +96,8 @@ def print_table(summary: Row) -> None:
         print(f"{name:<12}{fraction:>10.4f}{images:>10}   {remark}")
     print(
         f"Lipschitz constant of the feature map: local {summary['mean_local_lipschitz']:.4g} on average, "
-        f"global {summary['global_lipschitz']:.4g}; with global norms {counts['certified_with_global_norms']} are certified"
+        f"global {summary['global_lipschitz']:.4g}; with global norms {counts['certified_with_global_norms']} are "
+        "certified"
     )
     if counts["certified_but_attacked"]:
         print(
@@ -107,17 +114,18 @@ def plot_learning_curves(workdir: pathlib.Path, path: pathlib.Path) -> None:
     epochs = [row["epoch"] for row in rows]
     figure = Figure(figsize=(11, 7), layout="constrained")
     panels = figure.subplots(2, 2)
-    curves = [
-        ("accuracy", {"clean_accuracy": "train clean", "certified_accuracy": "train certified",
-                      "validation_clean_accuracy": "validation clean",
-                      "validation_certified_accuracy": "validation certified"}),
-        ("Lipschitz constant (estimate)", {"local_lipschitz": "local", "global_lipschitz": "global"}),
-        ("share of varying neurons", {key: f"block {key.removeprefix('live_')}" for key in rows[0] if key.startswith("live_")}),
-        ("training norm / converged norm", {"probe_lipschitz_ratio": "product",
-                                           **{key: f"block {key.removeprefix('probe_sigma_ratio_')}" for key in rows[0]
-                                              if key.startswith("probe_sigma_ratio_")}}),
-    ]  # fmt: skip
-    for panel, (title, keys) in zip(panels.ravel(), curves, strict=True):
+    blocks = [key.removeprefix("live_") for key in rows[0] if key.startswith("live_")]
+    accuracies = ("clean_accuracy", "certified_accuracy", "validation_clean_accuracy", "validation_certified_accuracy")
+    curves = {
+        "accuracy": {key: key.removesuffix("_accuracy").replace("_", " ") for key in accuracies},
+        "Lipschitz constant (estimate)": {"local_lipschitz": "local", "global_lipschitz": "global"},
+        "share of varying neurons": {f"live_{k}": f"block {k}" for k in blocks},
+        "training norm / converged norm": {
+            "probe_lipschitz_ratio": "product",
+            **{f"probe_sigma_ratio_{k}": f"block {k}" for k in blocks},
+        },
+    }
+    for panel, (title, keys) in zip(panels.ravel(), curves.items(), strict=True):
         for key, label in keys.items():
             if key in rows[0]:
                 panel.plot(epochs, [row[key] for row in rows], label=label, marker=".")

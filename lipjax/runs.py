@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import math
 import pathlib
-import platform
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -19,10 +17,9 @@ from jax import Array
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from lipjax import bounds, data, losses, margins, models, networks, reports, schedules, settings, training
+from lipjax import bounds, data, losses, margins, models, networks, reports, schedules, settings, sharding, training
 from lipjax.checkpoints import Checkpoints, flat, unflat
 from lipjax.errors import InputError
-from lipjax.evaluation import evaluate
 from lipjax.regions import l2_ball
 from lipjax.training import Batch, Images, Method, TrainState
 
@@ -80,7 +77,7 @@ class Run:
         self.train, self.validation = data.train_and_validation(whole, config.data.validation, config.seed)
         self.model = model_of(config, self.train)
         self.graphdef, self.params = nnx.split(self.model, nnx.Param)
-        self.batches = Batches(config.schedule.batch_size, self.devices, config.seed)
+        self.batches = sharding.Batches(config.schedule.batch_size, self.devices, config.seed)
         self.method = method_of(config, self.batches.steps(len(self.train)) * config.schedule.epochs)
         self.train_step = training.mapped(training.train_step, self.method, self.graphdef)
         self.validation_step = training.mapped(training.validation_step, self.method, self.graphdef, config.eps)
@@ -116,16 +113,18 @@ class Run:
 
     def gathered(self, state: TrainState) -> TrainState:
         """The inverse of :meth:`spread`, on the host."""
-        shared = jax.tree.map(_first_shard, dataclasses.replace(state, vectors=(), validation_vectors=()))
-        vectors = tuple(_collect(table, len(self.train)) for table in state.vectors)
-        validation = tuple(_collect(table, len(self.validation)) for table in state.validation_vectors)
+        shared = jax.tree.map(sharding.first_shard, dataclasses.replace(state, vectors=(), validation_vectors=()))
+        vectors = tuple(sharding.collect(table, len(self.train)) for table in state.vectors)
+        validation = tuple(sharding.collect(table, len(self.validation)) for table in state.validation_vectors)
         return dataclasses.replace(shared, vectors=vectors, validation_vectors=validation)
 
     def epoch(self, state: TrainState, epoch: int) -> tuple[TrainState, dict[str, Any]]:
-        """All steps of one epoch, then validation and the converged norms of the probe: the state and a row of the log."""
+        """All steps of one epoch, then validation and the probe: the state and a row of the log."""
         total = self.batches.steps(len(self.train))
         started = time.perf_counter()
-        with tqdm(total=total, desc=f"epoch {epoch + 1}/{self.config.schedule.epochs}", disable=None, leave=False) as bar:
+        with tqdm(
+            total=total, desc=f"epoch {epoch + 1}/{self.config.schedule.epochs}", disable=None, leave=False
+        ) as bar:
             batches = self.batches.shuffled(len(self.train), epoch)
             state, row = self._sweep(self.train_step, state, self.train_images, batches, bar)
         row["images_per_second"] = round(len(self.train) / (time.perf_counter() - started), 1)
@@ -142,7 +141,8 @@ class Run:
         """
         if not len(self.validation):
             return False
-        ramped = [row for row in rows if row["epoch"] >= math.ceil(self.config.schedule.ramp * self.config.schedule.epochs)]
+        full = math.ceil(self.config.schedule.ramp * self.config.schedule.epochs)
+        ramped = [row for row in rows if row["epoch"] >= full]
         scores = [row["validation_certified_accuracy"] for row in ramped]
         return bool(ramped) and rows[-1] is ramped[-1] and scores[-1] > max(scores[:-1], default=-1.0)
 
@@ -154,8 +154,8 @@ class Run:
 
     def save_best(self, state: TrainState, epoch: int) -> None:
         """Write the parameters that are the best so far."""
-        params = jax.tree.map(_first_shard, state.params)
-        self.best.save(epoch, flat(nnx.to_pure_dict(params)), None, {"step": int(_first_shard(state.step))})
+        params = jax.tree.map(sharding.first_shard, state.params)
+        self.best.save(epoch, flat(nnx.to_pure_dict(params)), None, {"step": int(sharding.first_shard(state.step))})
 
     def restored(self) -> tuple[TrainState, int]:
         """The state of the last whole checkpoint and its epoch, or the initial state and 0."""
@@ -184,7 +184,7 @@ class Run:
     def _fetch(self, pending: list, sums: dict[str, np.ndarray], count: float, bar: tqdm | None) -> float:
         """Bring the metrics of steps in flight to the host and add them up."""
         for metrics, weight in pending:
-            values = {key: np.asarray(_first_shard(value), np.float64) for key, value in metrics.items()}
+            values = {key: np.asarray(sharding.first_shard(value), np.float64) for key, value in metrics.items()}
             if not values.pop("finite", np.ones(())):
                 raise InputError(
                     f"the loss or the parameters are no longer finite (loss {float(values['loss'])}); the last good "
@@ -204,8 +204,9 @@ class Run:
         size = min(self.config.probe.size, len(self.train))
         if not size:
             return {}
-        shared = jax.tree.map(_first_shard, dataclasses.replace(state, vectors=(), validation_vectors=(), opt_state=()))
-        vectors = tuple(_first_shard(table)[:size] for table in state.vectors)
+        rest = dataclasses.replace(state, vectors=(), validation_vectors=(), opt_state=())
+        shared = jax.tree.map(sharding.first_shard, rest)
+        vectors = tuple(sharding.first_shard(table)[:size] for table in state.vectors)
         x = self.train.images[: len(vectors[0])].astype(np.float32) / self.train.scale
         estimated, converged, whole = (np.asarray(a, np.float64) for a in self.probe(shared, vectors, x))
         ratios = estimated / np.where(converged > 0, converged, 1)
@@ -223,9 +224,7 @@ class Run:
         exact = bounds.Estimate(key, max_iters=self.config.probe.max_iters)
 
         def one(x: Array, vectors: tuple[Array, ...]) -> tuple[Array, Array]:
-            warm = bounds.WarmStarted(
-                vectors, state.global_vectors, key, self.method.num_iters, self.method.noise
-            )
+            warm = bounds.WarmStarted(vectors, state.global_vectors, key, self.method.num_iters, self.method.noise)
             region = l2_ball(x, eps)
             estimated = bounds.propagate(network, region, warm, bounds.full_row_norms)
             return estimated.sigmas, bounds.propagate(network, region, exact, bounds.full_row_norms).sigmas
@@ -233,43 +232,12 @@ class Run:
         return *jax.vmap(one)(x, vectors), bounds.global_norms(network, exact)[0]
 
     def _images(self, dataset: data.Dataset) -> Images:
-        images = Images(_deal(dataset.images, self.devices), _deal(dataset.labels, self.devices), dataset.scale)
+        images, labels = (sharding.deal(array, self.devices) for array in (dataset.images, dataset.labels))
+        images = Images(images, labels, dataset.scale)
         return jax.pmap(lambda leaf: leaf)(images) if len(dataset) else images
 
     def _deal_all(self, tables: tuple) -> tuple:
-        return tuple(_deal(np.asarray(table), self.devices) for table in tables)
-
-
-@dataclasses.dataclass(frozen=True)
-class Batches:
-    """Which examples make which step. Every batch has the same size; the short last one is padded with weight 0."""
-
-    size: int
-    devices: int
-    seed: int
-
-    def steps(self, num_examples: int) -> int:
-        """Steps per epoch."""
-        return math.ceil(math.ceil(num_examples / self.devices) / (self.size // self.devices))
-
-    def shuffled(self, num_examples: int, epoch: int) -> Iterator[Batch]:
-        """One epoch, shuffled within each device's share by seed and epoch."""
-        rng = np.random.default_rng((self.seed, epoch))
-        return self._batches(num_examples, [rng.permutation(n) for n in _shares(num_examples, self.devices)])
-
-    def in_order(self, num_examples: int) -> Iterator[Batch]:
-        """Every example once, in order."""
-        return self._batches(num_examples, [np.arange(n) for n in _shares(num_examples, self.devices)])
-
-    def _batches(self, num_examples: int, orders: list[np.ndarray]) -> Iterator[Batch]:
-        steps, size = self.steps(num_examples), self.size // self.devices
-        index = np.zeros((self.devices, steps * size), np.int32)
-        weight = np.zeros((self.devices, steps * size), np.float32)
-        for device, order in enumerate(orders):
-            index[device, : len(order)], weight[device, : len(order)] = order, 1.0
-        for step in range(steps):
-            part = slice(step * size, (step + 1) * size)
-            yield Batch(index[:, part], weight[:, part])
+        return tuple(sharding.deal(np.asarray(table), self.devices) for table in tables)
 
 
 def model_of(config: ConfigDict, dataset: data.Dataset) -> nnx.Sequential:
@@ -344,96 +312,6 @@ def _row(values: dict[str, np.ndarray]) -> dict[str, float]:
     return row
 
 
-def _shares(num_examples: int, devices: int) -> list[int]:
-    """How many examples each device owns: contiguous shares, the last one may be short."""
-    size = math.ceil(num_examples / devices)
-    return [max(0, min(size, num_examples - device * size)) for device in range(devices)]
-
-
-def _deal(array: np.ndarray, devices: int) -> np.ndarray:
-    """Examples to [devices, share, ...], padded with zeros at the end."""
-    size = math.ceil(len(array) / devices)
-    if size * devices != len(array):
-        array = np.concatenate([array, np.zeros((size * devices - len(array), *array.shape[1:]), array.dtype)])
-    return array.reshape(devices, size, *array.shape[1:])
-
-
-def _collect(table: Array, num_examples: int) -> np.ndarray:
-    """The inverse of :func:`_deal`, from the devices."""
-    shards = sorted(table.addressable_shards, key=lambda shard: shard.index[0].start or 0)
-    parts = [np.asarray(shard.data)[0] for shard in shards]
-    return (parts[0] if len(parts) == 1 else np.concatenate(parts))[:num_examples]
-
-
-def _first_shard(value: Array) -> np.ndarray:
-    """The copy of the first device of a replicated value (indexing would gather all copies)."""
-    return np.asarray(value.addressable_shards[0].data)[0]
-
-
-def certify(
-    workdir: pathlib.Path,
-    *,
-    eps: float | None = None,
-    split: str = "test",
-    limit: int | None = None,
-    batch_size: int | None = None,
-    which: str = "best",
-    output: pathlib.Path | None = None,
-) -> dict[str, Any]:
-    """Certify a trained model of a run, print the table and write certificates and summary.
-
-    Args:
-        workdir: the run's folder.
-        eps: l2 radius; default the config's.
-        split: ``"test"`` or ``"train"``.
-        limit: only the first so many examples.
-        batch_size: examples per call; default the config's.
-        which: ``"best"`` or ``"last"`` checkpoint.
-        output: folder of the files; default the run's.
-
-    Returns:
-        The summary, as in ``summary.json``.
-
-    Raises:
-        InputError: no run, no checkpoint, no data or a value that cannot be used.
-    """
-    config = settings.load(workdir)
-    eps = config.eps if eps is None else eps
-    if not (math.isfinite(eps) and eps > 0):
-        raise InputError(f"--eps={eps} cannot be used; give a finite number more than 0, in [0, 1] pixels")
-    for name, value in (("--limit", limit), ("--batch-size", batch_size)):
-        if value is not None and value < 1:
-            raise InputError(f"{name}={value} cannot be used; give at least 1")
-    dataset = data.load(config.data.name, split, config.data.dir, config.data.cache)
-    model, facts = restore_model(workdir, config, which)
-    network = networks.from_flax(model, dataset.images.shape[1:])
-    chosen = dataset.take(slice(limit))
-    found = evaluate(network, chosen, eps, batch_size=batch_size or config.certify.batch_size, seed=config.seed)
-    summary = {
-        "dataset": config.data.name,
-        "split": split,
-        **found.summary,
-        "checkpoint": facts["checkpoint"],
-        "checkpoint_step": facts["step"],
-        "checkpoint_epoch": facts["epoch"],
-        "params_sha256": facts["params_sha256"],
-        "method": config.method.name,
-        "seed": config.seed,
-        "device": jax.devices()[0].device_kind,
-        "versions": versions(),
-    }
-    reports.write_certificates(output or workdir, found.columns, summary)
-    reports.print_table(summary)
-    return summary
-
-
-def versions() -> dict[str, str]:
-    """Versions of what a result depends on."""
-    names = ("lipjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
-    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in names}}
-
-
 def default_workdir(config: ConfigDict, name: str) -> pathlib.Path:
     """A new folder under runs/, named after config, method and time."""
     return pathlib.Path("runs") / f"{name}-{config.method.name}-{time.strftime('%Y%m%d-%H%M%S')}"
-

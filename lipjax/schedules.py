@@ -26,13 +26,13 @@ def ramp(num_steps: int, start: float, end: float, init_value: float, end_value:
 
 
 def constant_then_exponential(num_steps: int, constant: float, init_value: float, end_value: float) -> optax.Schedule:
-    """Constant, then exponential decay that reaches the end value at the last step ([H21] Eq 29).
+    """Constant, then exponential decay that reaches the end value as the run ends, at step ``num_steps`` ([H21] Eq 29).
 
     Args:
         num_steps: steps in the whole run.
         constant: fraction of the run before the decay.
         init_value: first learning rate.
-        end_value: last learning rate.
+        end_value: learning rate at the end.
 
     Returns:
         Step to learning rate.

@@ -50,7 +50,9 @@ def load(workdir: pathlib.Path) -> ConfigDict:
     try:
         config = ConfigDict(json.loads(path.read_text()))
     except (OSError, ValueError) as error:
-        raise InputError(f"{workdir} is not a run: cannot read {path}: {error}; name a folder made by train.py") from error
+        raise InputError(
+            f"{workdir} is not a run: cannot read {path}: {error}; name a folder made by train.py"
+        ) from error
     check(config)
     return config
 
@@ -122,7 +124,8 @@ def _one_of(key: str, value: str, known: Any) -> None:
 
 def _within(key: str, value: float, least: float, most: float, open_below: bool = False) -> None:
     if not (least < value if open_below else least <= value) or not value <= most or math.isinf(value):
-        bound = f"{'more than' if open_below else 'at least'} {least}" + (f" and at most {most}" if most < math.inf else "")
+        bound = f"{'more than' if open_below else 'at least'} {least}"
+        bound += f" and at most {most}" if most < math.inf else ""
         raise InputError(f"--config.{key}={value} cannot be used; give a finite number {bound}")
 
 

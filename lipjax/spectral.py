@@ -9,7 +9,6 @@ import dataclasses
 import math
 from collections.abc import Callable
 
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
@@ -48,28 +47,30 @@ class LinearMap:
     def from_smaller_side(self) -> LinearMap:
         """The map or its transpose, whichever takes the shorter vectors. Both have the same singular values."""
         if math.prod(self.out_shape) < math.prod(self.in_shape):
-            return LinearMap(
-                self.rmatvec, self.matvec, self.out_shape, self.in_shape, self.out_mask, self.in_mask
-            )
+            return LinearMap(self.rmatvec, self.matvec, self.out_shape, self.in_shape, self.out_mask, self.in_mask)
         return self
 
-    def gain(self, vector: Array) -> Array:
-        """``||W u||`` for the unit vector u along the kept part of ``vector``: at most sigma, and 0 for no vector."""
+    def image(self, vector: Array) -> Array:
+        """``W u`` for the unit vector u along the kept part of ``vector``; zero for no vector. No gradient."""
         kept = vector if self.in_mask is None else _select(self.in_mask, vector)
-        return jnp.sqrt(jnp.sum(self.matvec(unit(kept)) ** 2))
+        return lax.stop_gradient(self.matvec(unit(kept)))
 
 
-def power_iteration(linear_map: LinearMap, vector: Array, num_iters: int) -> tuple[Array, Array]:
+def power_iteration(
+    linear_map: LinearMap, vector: Array, num_iters: int, other: Array | None = None
+) -> tuple[Array, Array]:
     """Warm-started power iteration.
 
     Each iteration is ``v <- W u / ||W u||``, ``u <- W^T v / ||W^T v||``; the result is sigma = <u, W^T v>. The loop
     carries no gradient: u and v are constants, and the gradient of sigma is the rank-one one, d sigma = <v, dW u>.
-    The last product of the loop is the differentiated one, so n iterations cost 2 n products.
+    The last product of the loop is the differentiated one, so n iterations cost 2 n products, and one more where
+    there are two starts.
 
     Args:
         linear_map: W.
         vector: start on the input side of W; any length, also zero.
         num_iters: at least 1.
+        other: another start. The iteration goes on from the one that W stretches more.
 
     Returns:
         ``(sigma, vector)``: the estimate and the unit vector to start from next time. Both are zero where W is.
@@ -80,13 +81,15 @@ def power_iteration(linear_map: LinearMap, vector: Array, num_iters: int) -> tup
     Reference:
         [H21] section 3.3.
     """
-    constant = jax.tree.map(lax.stop_gradient, vector)
+    v = linear_map.image(vector)
+    if other is not None:
+        v_other = linear_map.image(other)
+        v = jnp.where(length(v_other) > length(v), v_other, v)
 
-    def iterate(_: int, u: Array) -> Array:
-        return unit(linear_map.rmatvec(unit(linear_map.matvec(u))))
+    def iterate(_: int, v: Array) -> Array:
+        return unit(linear_map.matvec(unit(linear_map.rmatvec(v))))
 
-    u = lax.stop_gradient(lax.fori_loop(0, num_iters - 1, iterate, constant))
-    v = lax.stop_gradient(unit(linear_map.matvec(u)))
+    v = lax.stop_gradient(lax.fori_loop(0, num_iters - 1, iterate, lax.stop_gradient(unit(v))))
     product = linear_map.rmatvec(v)
     u = lax.stop_gradient(unit(product))
     return jnp.sum(u * product), u
@@ -128,15 +131,27 @@ def converged_norm(
     start = unit(lax.stop_gradient(vector))
     far = jnp.full_like(start, jnp.inf, shape=())
     u, num_iters, _ = lax.while_loop(unfinished, iterate, (start, jnp.int32(0), far))
-    sigma, _ = power_iteration(linear_map, lax.stop_gradient(u), 1)
+    sigma, _ = power_iteration(linear_map, u, 1)
     return sigma, num_iters
 
 
+def length(vector: Array) -> Array:
+    """l2 norm, for any finite entries. No gradient at zero."""
+    largest = lax.stop_gradient(jnp.max(jnp.abs(vector)))
+    scale = jnp.where(largest == 0, 1, largest)
+    return scale * jnp.sqrt(jnp.sum((vector / scale) ** 2))
+
+
 def unit(vector: Array) -> Array:
-    """The vector divided by its l2 norm; zero stays zero."""
-    square = jnp.sum(vector**2)
-    positive = square > 0
-    return jnp.where(positive, vector * lax.rsqrt(jnp.where(positive, square, 1)), jnp.zeros_like(vector))
+    """The vector divided by its l2 norm; zero stays zero, and NaN or infinity become NaN.
+
+    It is divided by its largest entry first: squares leave the range of float32 beyond 1e19 and below 1e-19, and a
+    norm that is lost there would pass for a layer that is constant.
+    """
+    largest = jnp.max(jnp.abs(vector))
+    scaled = vector / jnp.where(largest == 0, 1, largest)
+    square = jnp.sum(scaled**2)
+    return scaled * lax.rsqrt(jnp.where(largest == 0, 1, square))
 
 
 def _select(mask: Array, vector: Array) -> Array:

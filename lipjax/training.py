@@ -156,9 +156,7 @@ def validation_step(
     network = from_flax(nnx.merge(graphdef, state.params), x.shape[1:])
     stored = tuple(_gather(vectors, batch.index) for vectors in state.validation_vectors)
     noise_key = jax.random.fold_in(state.key, state.step)
-    loss, metrics, vectors, _ = _evaluate(
-        method, network, x, label, eps, 0.0, stored, state.global_vectors, noise_key
-    )
+    loss, metrics, vectors, _ = _evaluate(method, network, x, label, eps, 0.0, stored, state.global_vectors, noise_key)
     share = batch.weight / lax.psum(jnp.sum(batch.weight), AXIS)
     kept = tuple(_scatter(old, batch, new) for old, new in zip(state.validation_vectors, vectors, strict=True))
     return dataclasses.replace(state, validation_vectors=kept), _average({"loss": loss, **metrics}, share)

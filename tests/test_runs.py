@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 
-from lipjax import data, networks, reports, runs, settings
+from lipjax import data, evaluation, networks, reports, runs, settings
 
 ROOT = pathlib.Path(__file__).parents[1]
 SHRUNK = [
@@ -152,7 +152,8 @@ def test_certify_reads_the_run_and_writes_all_files(finished, tmp_path):
 def test_results_do_not_depend_on_the_batch_size(finished, tmp_path):
     workdir, _ = finished
     found = [
-        runs.certify(workdir, limit=11, batch_size=size, output=tmp_path / str(size))["counts"] for size in (11, 4)
+        evaluation.certify(workdir, limit=11, batch_size=size, output=tmp_path / str(size))["counts"]
+        for size in (11, 4)
     ]
     assert found[0] == found[1]
     with np.load(tmp_path / "11" / "certificates.npz") as a, np.load(tmp_path / "4" / "certificates.npz") as b:

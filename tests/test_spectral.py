@@ -36,6 +36,10 @@ def masks(layer, seed, density):
     return rng.random(layer.out_shape) < density, rng.random(layer.in_shape) < density
 
 
+def length(vector):
+    return jnp.sqrt(jnp.sum(vector**2))
+
+
 @jax.jit
 def _norms(layer, rows, columns, key):
     """Converged norms from both sides, a few iterations, and gains, of a masked layer."""
@@ -50,8 +54,8 @@ def _norms(layer, rows, columns, key):
         power_iteration(small, other, 1)[0],
         power_iteration(small, other, 7)[0],
         [
-            masked.gain(start),
-            small.gain(other),
+            length(masked.image(start)),
+            length(small.image(other)),
         ],
     )
 
@@ -89,18 +93,36 @@ def test_the_smaller_side_keeps_singular_values_and_masks(name):
     np.testing.assert_allclose(back, ours.sum(0), atol=1e-4)
 
 
-def test_gain_is_the_length_of_the_image_of_the_kept_part():
+def test_image_is_that_of_the_unit_vector_along_the_kept_part_without_a_gradient():
     layer = LAYERS["dense tall"]
-    rows, columns = masks(layer, 5, 0.6)
+    rows, columns = (jnp.asarray(m) for m in masks(layer, 5, 0.6))
     matrix = oracles.layer_matrix(layer)[0] * np.outer(rows, columns)
-    masked = linear_map(layer).masked(jnp.asarray(rows), jnp.asarray(columns))
+    masked = linear_map(layer).masked(rows, columns)
     vector = np.random.default_rng(6).standard_normal(6).astype(np.float32)
-    kept = vector * columns
-    assert masked.gain(jnp.asarray(vector)) == pytest.approx(
-        np.linalg.norm(matrix @ kept) / np.linalg.norm(kept), rel=1e-5
-    )
-    assert masked.gain(jnp.zeros(6)) == 0
-    assert masked.gain(jnp.asarray(np.where(columns, 0, 1), jnp.float32)) == 0  # nothing of it is kept
+    kept = vector * np.asarray(columns)
+    np.testing.assert_allclose(masked.image(jnp.asarray(vector)), matrix @ kept / np.linalg.norm(kept), atol=1e-5)
+    assert not masked.image(jnp.zeros(6)).any()
+    assert not masked.image(jnp.where(columns, 0.0, 1.0)).any()  # nothing of it is kept
+
+    def total(layer, vector):
+        return jnp.sum(linear_map(layer).masked(rows, columns).image(vector))
+
+    for start in (jnp.asarray(vector), jnp.zeros(6)):
+        assert all(not np.asarray(leaf).any() for leaf in jax.tree.leaves(jax.grad(total, (0, 1))(layer, start)))
+
+
+def test_of_two_starts_the_one_that_is_stretched_more_is_taken():
+    rng = np.random.default_rng(11)
+    matrix = _array(rng, 7, 5)
+    starts = [_array(rng, 5) * scale for scale in (1.0, 100.0, 0.01)]
+    stretch = [float(length(matrix @ s) / length(s)) for s in starts]
+    for i, j in ((0, 1), (1, 0), (0, 2), (2, 1)):
+        both, vector = power_iteration(of_matrix(matrix), starts[i], 2, starts[j])
+        better, expected = power_iteration(of_matrix(matrix), starts[i if stretch[i] > stretch[j] else j], 2)
+        assert both == pytest.approx(float(better), rel=1e-5)
+        np.testing.assert_allclose(vector, expected, atol=1e-5)
+    assert power_iteration(of_matrix(matrix), jnp.zeros(5), 2, starts[0])[0] > 0
+    assert power_iteration(of_matrix(matrix), starts[0], 2, jnp.zeros(5))[0] > 0
 
 
 def test_under_vmap_every_example_stops_by_itself_and_gives_what_it_gives_alone():

@@ -1,0 +1,69 @@
+"""Weights, inputs and radii outside the comfortable range never turn into a certificate."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import lipjax
+from lipjax import spectral
+
+
+def chain(scales):
+    """1-2-2-2 network with diagonal layers of the given scales; at scale 1 it tells x from 0.5."""
+    model = nnx.Sequential(
+        nnx.Linear(1, 2, rngs=nnx.Rngs(0)), nnx.relu, nnx.Linear(2, 2, rngs=nnx.Rngs(0)), nnx.relu,
+        nnx.Linear(2, 2, rngs=nnx.Rngs(0)),
+    )  # fmt: skip
+    model.layers[0].kernel[...] = scales[0] * jnp.array([[1.0, -1.0]])
+    model.layers[0].bias[...] = scales[0] * jnp.array([0.0, 1.0])
+    model.layers[2].kernel[...] = scales[1] * jnp.eye(2)
+    model.layers[4].kernel[...] = scales[2] * jnp.eye(2)
+    return lipjax.from_flax(model, (1,))
+
+
+@pytest.mark.parametrize("s", [1e-20, 1e-6, 1.0, 1e6, 1e20])
+def test_tiny_and_huge_weights_do_not_certify_what_an_input_breaks(s):
+    network = chain((s, s**-0.5, s**-0.5))
+    assert int(jnp.argmax(network(jnp.array([[0.6]])))) == 0
+    assert int(jnp.argmax(network(jnp.array([[0.4]])))) == 1
+    wide = lipjax.certify(network, jnp.array([[0.6]]), jnp.array([0]), 0.3)
+    assert not bool(wide.certified[0])
+    assert float(wide.lipschitz[0]) > 0
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-20, 1.0, 1e20, 1e30])
+def test_unit_and_length_of_any_finite_vector(scale):
+    vector = scale * jnp.array([3.0, -4.0, 0.0])
+    np.testing.assert_allclose(spectral.unit(vector), [0.6, -0.8, 0.0], rtol=1e-5)
+    np.testing.assert_allclose(spectral.length(vector) / scale, 5.0, rtol=1e-5)
+
+
+def test_unit_of_zero_is_zero_and_of_nan_is_nan():
+    assert not np.any(spectral.unit(jnp.zeros(3)))
+    assert np.all(np.isnan(spectral.unit(jnp.array([1.0, jnp.nan]))))
+    assert np.any(np.isnan(spectral.unit(jnp.array([1.0, jnp.inf]))))
+
+
+def test_integer_pixels_are_refused_because_they_would_round_eps():
+    network = chain((1.0, 1.0, 1.0))
+    with pytest.raises(TypeError, match="x has type int32; expected floating-point pixels"):
+        lipjax.certify(network, jnp.array([[1]]), jnp.array([0]), 0.9)
+    with pytest.raises(TypeError, match="x has type int32; expected floating-point pixels"):
+        lipjax.pgd(network, jnp.array([[1]]), jnp.array([0]), 0.9, jax.random.key(0))
+
+
+def test_negative_eps_is_refused_and_a_traced_one_not_certified():
+    network, x, label = chain((1.0, 1.0, 1.0)), jnp.array([[0.9]]), jnp.array([0])
+    with pytest.raises(ValueError, match=r"eps is -5\.0; expected a radius of at least 0"):
+        lipjax.certify(network, x, label, -5.0)
+    traced = jax.jit(lipjax.certify)(network, x, label, jnp.float32(-5.0))
+    assert not bool(traced.certified[0])
+
+
+def test_saturated_logits_are_attacked_all_the_same():
+    network = chain((1.0, 1.0, 1e3))
+    x, label = jnp.array([[0.6]]), jnp.array([0])
+    found = lipjax.pgd(network, x, label, 0.3, jax.random.key(1), num_steps=20)
+    assert int(jnp.argmax(network(found))) == 1

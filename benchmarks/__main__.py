@@ -142,11 +142,11 @@ def _state(method, params, vectors, shape, batch_size):
     key = jax.random.key_data(jax.random.key(1))
     state = training.TrainState(jnp.int32(0), params, method.optimizer.init(params), key, vectors, tables, ())
     devices = jax.local_device_count()
-    state = jax.pmap(lambda a: a)(jax.tree.map(lambda a: jnp.broadcast_to(a[None], (devices, *a.shape)), state))
+    state = training.placed(jax.tree.map(lambda a: jnp.broadcast_to(a[None], (devices, *a.shape)), state))
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (1, EXAMPLES, *shape), dtype=np.uint8).repeat(devices, 0)
     labels = rng.integers(0, 10, (1, EXAMPLES)).astype(np.int32).repeat(devices, 0)
-    data = jax.pmap(lambda a: a)(training.Images(images, labels, 255))
+    data = training.placed(training.Images(images, labels, 255))
     index = np.broadcast_to(np.arange(batch_size, dtype=np.int32), (devices, batch_size))
     return state, data, training.Batch(index, np.ones((devices, batch_size), np.float32))
 

@@ -166,7 +166,7 @@ def _prepare(name: str, source: pathlib.Path, cache: pathlib.Path) -> None:
 def _read(path: pathlib.Path) -> tuple[np.ndarray, np.ndarray] | None:
     """Cached arrays; None, with a message, where the file is broken."""
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             return arrays["images"], arrays["labels"]
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         print(f"ignoring the broken cache {path}: {error}", file=sys.stderr)

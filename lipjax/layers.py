@@ -53,9 +53,11 @@ class Affine:
 
     def row_norms(self, live: Array) -> Array:
         """l2 norms of the rows of W over the live columns, shaped like the output (zero padding counts as zeros)."""
-        squares = self.form(self.kernel**2, live.astype(self.kernel.dtype))
+        largest = jax.lax.stop_gradient(jnp.max(jnp.abs(self.kernel)))
+        scale = jnp.where(largest == 0, 1, largest)  # squares of tiny and huge weights leave the range of float32
+        squares = self.form((self.kernel / scale) ** 2, live.astype(self.kernel.dtype))
         positive = squares > 0
-        return jnp.where(positive, jnp.sqrt(jnp.where(positive, squares, 1)), squares)
+        return scale * jnp.where(positive, jnp.sqrt(jnp.where(positive, squares, 1)), squares)
 
     def adjoint(self) -> Callable[[Array], Array]:
         """``W^T`` as a function, with whatever it needs prepared now, so that it can be called in a loop."""

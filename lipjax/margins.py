@@ -6,11 +6,13 @@ for one example, lower bounds of logits[y] - logits[j] over the region, one per 
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
 from lipjax.layers import Dense
 from lipjax.regions import Region
+from lipjax.spectral import length
 
 
 def pairwise_lipschitz(head: Dense, region: Region, label: Array) -> Array:
@@ -26,14 +28,14 @@ def pairwise_lipschitz(head: Dense, region: Region, label: Array) -> Array:
     """
     margins, directions = _margins(head, region, label)
     masked = jnp.where(region.live.ravel()[None], directions, 0)
-    return margins - region.radius * _norms(masked)
+    return margins - region.radius * jax.vmap(length)(masked)
 
 
 def box_and_ball(head: Dense, region: Region, label: Array, num_iters: int = 16) -> Array:
     """The smallest margin over the intersection of box and ball (BCP), by its dual.
 
     The minimiser of <c, d> over lo <= d <= hi, ||d|| <= radius is d(t) = clip(-t c, lo, hi) with ||d(t)|| = radius,
-    or a corner of the box that lies in the ball. Reported is the larger of the corner's value and of
+    or a corner of the box that lies in the ball. Reported is the largest of the corner's value, the ball's and
 
         g(t) = margin + <c, d(t)> + (||d(t)||^2 - radius^2) / (2 t),
 
@@ -62,24 +64,30 @@ def box_and_ball(head: Dense, region: Region, label: Array, num_iters: int = 16)
     corner = margins + jnp.sum(jnp.minimum(c * low, c * high), axis=1)
     if region.radius is None:
         return corner
-    t = lax.stop_gradient(_multiplier(c, low, high, region.radius, num_iters))[:, None]
+    ball = margins - region.radius * jax.vmap(length)(c)
+    # In units of the radius and of the largest entry of c: their squares may leave the range of float32.
+    radius = jnp.where(region.radius == 0, 1, region.radius)
+    largest = lax.stop_gradient(jnp.max(jnp.abs(c), axis=1))
+    scale = jnp.where(largest == 0, 1, largest)
+    c, low, high = c / scale[:, None], low / radius, high / radius
+    t = lax.stop_gradient(_multiplier(c, low, high, num_iters))[:, None]
     d = jnp.clip(-t * c, low, high)
-    excess = jnp.sum(d**2, axis=1) - region.radius**2
-    return jnp.maximum(margins + jnp.sum(c * d, axis=1) + excess / (2 * t[:, 0]), corner)
+    excess = jnp.sum(d**2, axis=1) - 1
+    dual = margins + radius * scale * (jnp.sum(c * d, axis=1) + excess / (2 * t[:, 0]))
+    return jnp.maximum(jnp.maximum(dual, ball), corner)
 
 
-def _multiplier(c: Array, low: Array, high: Array, radius: Array, num_iters: int) -> Array:
-    """The t > 0 with ||clip(-t c, low, high)|| = radius, for each row of c.
+def _multiplier(c: Array, low: Array, high: Array, num_iters: int) -> Array:
+    """The t > 0 with ||clip(-t c, low, high)|| = 1, for each row of c.
 
-    With the clipped coordinates held, t^2 = (radius^2 - sum of their squares) / (sum of c^2 over the others). From
-    the unclipped t this rises to the solution and reaches it in finitely many steps, the set of clipped coordinates
-    only growing.
+    With the clipped coordinates held, t^2 = (1 - sum of their squares) / (sum of c^2 over the others). From the
+    unclipped t this rises to the solution and reaches it in finitely many steps, the set of clipped coordinates only
+    growing.
     """
-    tiny = jnp.finfo(c.dtype).tiny
 
     def solve(free: Array, clipped_square: Array, fallback: Array) -> Array:
         square = jnp.sum(jnp.where(free, c**2, 0), axis=1)
-        rest = jnp.maximum(radius**2 - clipped_square, 0)
+        rest = jnp.maximum(1 - clipped_square, 0)
         solvable = (square > 0) & (rest > 0)
         return jnp.where(solvable, jnp.sqrt(rest / jnp.where(solvable, square, 1)), fallback)
 
@@ -91,7 +99,7 @@ def _multiplier(c: Array, low: Array, high: Array, radius: Array, num_iters: int
 
     ones = jnp.ones(c.shape[0], c.dtype)
     t = solve(jnp.ones(c.shape, bool), jnp.zeros_like(ones), ones)
-    return jnp.maximum(lax.fori_loop(0, num_iters, step, t), tiny)
+    return lax.fori_loop(0, num_iters, step, t)
 
 
 def worst_logits(logits: Array, margins: Array, label: Array) -> Array:
@@ -115,9 +123,3 @@ def _margins(head: Dense, region: Region, label: Array) -> tuple[Array, Array]:
     logits = head(region.center)
     rows = head.kernel.T
     return logits[label] - logits, rows[label][None] - rows
-
-
-def _norms(rows: Array) -> Array:
-    square = jnp.sum(rows**2, axis=1)
-    positive = square > 0
-    return jnp.where(positive, jnp.sqrt(jnp.where(positive, square, 1)), square)

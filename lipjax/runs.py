@@ -88,11 +88,15 @@ class Run:
         self.best = Checkpoints(workdir / "checkpoints" / "best", keep=1)
 
     def initial_state(self) -> TrainState:
-        """The state before the first step, for one device, with one row per example."""
+        """The state before the first step, for one device; with local norms it has one row of vectors per example."""
         key = jax.random.key(self.config.seed)
         network = networks.from_flax(self.model, self.train.images.shape[1:])
         vectors = jax.jit(training.initial_vectors)(network, jax.random.fold_in(key, 0))
-        rows = lambda n: tuple(np.broadcast_to(np.asarray(v)[None], (n, *v.shape)) for v in vectors)  # noqa: E731
+        own = vectors if self.method.local else ()
+
+        def rows(num_examples: int) -> tuple[np.ndarray, ...]:
+            return tuple(np.broadcast_to(np.asarray(v)[None], (num_examples, *v.shape)) for v in own)
+
         return TrainState(
             jnp.int32(0),
             self.params,
@@ -108,8 +112,7 @@ class Run:
         dealt = {name: self._deal_all(getattr(state, name)) for name in ("vectors", "validation_vectors")}
         shared = dataclasses.replace(state, vectors=(), validation_vectors=())
         shared = jax.tree.map(lambda leaf: np.broadcast_to(leaf[None], (self.devices, *leaf.shape)), shared)
-        # An identity on the devices gives every leaf the placement that the step returns, so that it compiles once.
-        return jax.pmap(lambda leaf: leaf)(dataclasses.replace(shared, **dealt))
+        return training.placed(dataclasses.replace(shared, **dealt))
 
     def gathered(self, state: TrainState) -> TrainState:
         """The inverse of :meth:`spread`, on the host."""
@@ -120,11 +123,9 @@ class Run:
 
     def epoch(self, state: TrainState, epoch: int) -> tuple[TrainState, dict[str, Any]]:
         """All steps of one epoch, then validation and the probe: the state and a row of the log."""
-        total = self.batches.steps(len(self.train))
         started = time.perf_counter()
-        with tqdm(
-            total=total, desc=f"epoch {epoch + 1}/{self.config.schedule.epochs}", disable=None, leave=False
-        ) as bar:
+        name = f"epoch {epoch + 1}/{self.config.schedule.epochs}"
+        with tqdm(total=len(self.train), desc=name, unit=" images", disable=None, leave=False) as bar:
             batches = self.batches.shuffled(len(self.train), epoch)
             state, row = self._sweep(self.train_step, state, self.train_images, batches, bar)
         row["images_per_second"] = round(len(self.train) / (time.perf_counter() - started), 1)
@@ -195,7 +196,7 @@ class Run:
             count += weight
             if bar is not None:
                 bar.set_postfix_str(reports.short(_row(values)), refresh=False)
-                bar.update()
+                bar.update(round(weight))
         pending.clear()
         return count
 
@@ -207,7 +208,9 @@ class Run:
         rest = dataclasses.replace(state, vectors=(), validation_vectors=(), opt_state=())
         shared = jax.tree.map(sharding.first_shard, rest)
         vectors = tuple(sharding.first_shard(table)[:size] for table in state.vectors)
-        x = self.train.images[: len(vectors[0])].astype(np.float32) / self.train.scale
+        # The first device's share comes first in the data set, so its first vectors are those of the first images.
+        size = min(size, *(len(table) for table in vectors)) if vectors else size
+        x = self.train.images[:size].astype(np.float32) / self.train.scale
         estimated, converged, whole = (np.asarray(a, np.float64) for a in self.probe(shared, vectors, x))
         ratios = estimated / np.where(converged > 0, converged, 1)
         return {
@@ -222,6 +225,10 @@ class Run:
         key = jax.random.key(self.config.seed)
         eps = self.method.eps(state.step)
         exact = bounds.Estimate(key, max_iters=self.config.probe.max_iters)
+        whole = bounds.WarmStarted(state.global_vectors, None, key, self.method.global_iters, self.method.noise)
+        converged_whole, _ = bounds.global_norms(network, exact)
+        if not self.method.local:
+            return bounds.global_norms(network, whole)[0][None], converged_whole[None], converged_whole
 
         def one(x: Array, vectors: tuple[Array, ...]) -> tuple[Array, Array]:
             warm = bounds.WarmStarted(vectors, state.global_vectors, key, self.method.num_iters, self.method.noise)
@@ -229,12 +236,12 @@ class Run:
             estimated = bounds.propagate(network, region, warm, bounds.full_row_norms)
             return estimated.sigmas, bounds.propagate(network, region, exact, bounds.full_row_norms).sigmas
 
-        return *jax.vmap(one)(x, vectors), bounds.global_norms(network, exact)[0]
+        return *jax.vmap(one)(x, vectors), converged_whole
 
     def _images(self, dataset: data.Dataset) -> Images:
         images, labels = (sharding.deal(array, self.devices) for array in (dataset.images, dataset.labels))
         images = Images(images, labels, dataset.scale)
-        return jax.pmap(lambda leaf: leaf)(images) if len(dataset) else images
+        return training.placed(images) if len(dataset) else images
 
     def _deal_all(self, tables: tuple) -> tuple:
         return tuple(sharding.deal(np.asarray(table), self.devices) for table in tables)

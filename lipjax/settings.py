@@ -25,11 +25,13 @@ def parse(arguments: list[str]) -> ConfigDict:
     Raises:
         InputError: a missing file, an unknown method or key, or a value of another type, in one line.
     """
-    values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", lock_config=True, flag_values=values)
+    values, argv = flags.FlagValues(), ["train.py", *arguments]
+    config_flags.DEFINE_config_file("config", lock_config=True, flag_values=values, sys_argv=argv)
     try:
-        rest = values(["train.py", *arguments])
+        rest = values(argv)
         config = values["config"].value
+        if config is not None:
+            config.keys()  # a config file that could not be loaded raises at the first use
     except Exception as error:  # absl, ml_collections and the config file itself raise many kinds
         raise InputError(_explain(error, arguments)) from error
     if config is None:

@@ -136,10 +136,12 @@ def converged_norm(
 
 
 def length(vector: Array) -> Array:
-    """l2 norm, for any finite entries. No gradient at zero."""
+    """l2 norm, for any finite entries; its gradient at zero is zero."""
     largest = lax.stop_gradient(jnp.max(jnp.abs(vector)))
     scale = jnp.where(largest == 0, 1, largest)
-    return scale * jnp.sqrt(jnp.sum((vector / scale) ** 2))
+    square = jnp.sum((vector / scale) ** 2)
+    positive = square > 0
+    return scale * jnp.where(positive, jnp.sqrt(jnp.where(positive, square, 1)), square)
 
 
 def unit(vector: Array) -> Array:

@@ -31,7 +31,7 @@ class TrainState:
         opt_state: of the optimiser.
         key: source of the noise of every step.
         global_vectors: one bfloat16 vector per block, for the norm of the whole layer.
-        vectors: per block, bfloat16 (examples, ...): the vector of every training example.
+        vectors: per block, bfloat16 (examples, ...): the vector of every training example. Empty with global norms.
         validation_vectors: the same for the validation split.
     """
 
@@ -173,6 +173,11 @@ def mapped(step: Callable[..., tuple[TrainState, Metrics]], *static: Any) -> Cal
 
     run.__name__ = step.__name__
     return jax.pmap(run, axis_name=AXIS, donate_argnums=0)
+
+
+def placed(tree: Any) -> Any:
+    """Arrays with a leading device axis on the devices, placed as :func:`mapped` returns them: it compiles once."""
+    return jax.pmap(lambda leaf: leaf, axis_name=AXIS)(tree)
 
 
 def initial_vectors(network: Network, key: Array, num_iters: int = 100) -> tuple[Array, ...]:

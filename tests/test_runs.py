@@ -94,6 +94,8 @@ def test_a_killed_run_resumes_to_the_same_metrics_bit_for_bit(finished, tmp_path
     assert hashes[0] == hashes[1]
 
 
+# Orbax leaves coroutines of the failed read behind, which complain when they are collected.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_corrupt_checkpoint_is_refused_and_the_one_before_it_used(finished, tmp_path, capsys):
     straight, _ = finished
     workdir = tmp_path / "corrupt"

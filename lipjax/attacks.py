@@ -8,6 +8,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from lipjax import spectral
+from lipjax.regions import check_pixels
+
 
 def pgd(
     network: Callable[[Array], Array],
@@ -37,13 +40,12 @@ def pgd(
         Perturbed inputs (B, ...), the last iterate. Attacks of a NaN gradient stay where they are.
 
     Raises:
-        TypeError: x is not of a floating-point type.
+        TypeError: x is not float32 or float64.
 
     Reference:
         [H21] section 5 (100 steps of eps / 4).
     """
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise TypeError(f"x has type {x.dtype}; expected floating-point pixels in [0, 1]")
+    check_pixels(x)
     eps = jnp.asarray(eps, x.dtype)
     step = eps / 4 if step_size is None else jnp.asarray(step_size, x.dtype)
 
@@ -54,7 +56,7 @@ def pgd(
         return jnp.sum(rivals - jnp.sum(jnp.where(own, logits, 0), axis=1))
 
     def ascend(_: int, points: Array) -> Array:
-        direction = _unit(jax.grad(total_loss)(points))
+        direction = jax.vmap(spectral.unit)(jax.grad(total_loss)(points))
         direction = jnp.where(jnp.isfinite(direction), direction, 0)
         return _project(points + step * direction, x, eps)
 
@@ -68,23 +70,15 @@ def _random_in_unit_ball(key: Array, like: Array) -> Array:
     direction_key, length_key = jax.random.split(key)
     direction = jax.random.normal(direction_key, like.shape, like.dtype)
     length = jax.random.uniform(length_key, (), like.dtype) ** (1 / like.size)
-    return length * _unit(direction[None])[0]
+    return length * spectral.unit(direction)
 
 
 def _project(points: Array, x: Array, eps: Array) -> Array:
     """Onto the ball, then onto [0, 1]: the second step never leaves the ball, because x is in [0, 1]."""
-    offset = points - x
-    length = _lengths(offset)
-    inside = x + jnp.where(length > eps, eps * _unit(offset), offset)
-    return jnp.clip(inside, 0, 1)
 
+    def one(point: Array, x: Array) -> Array:
+        offset = point - x
+        inside = jnp.where(spectral.length(offset) > eps, eps * spectral.unit(offset), offset)
+        return jnp.clip(x + inside, 0, 1)
 
-def _lengths(batch: Array) -> Array:
-    square = jnp.sum(batch**2, axis=tuple(range(1, batch.ndim)), keepdims=True)
-    return jnp.sqrt(square)
-
-
-def _unit(batch: Array) -> Array:
-    """Every example scaled to l2 length 1; zero stays zero."""
-    lengths = _lengths(batch)
-    return batch / jnp.where(lengths > 0, lengths, 1)
+    return jax.vmap(one)(points, x)

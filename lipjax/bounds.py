@@ -1,7 +1,8 @@
 """Bounds: one pass of a region through a network gives boxes, masks, norms and Lipschitz constants.
 
 Every method of the paper is this pass with parts absent: drop the box from the input region and it is GloRo or LMT,
-drop the ball and it is IBP, give norms of unmasked layers and it is BCP; with everything it is Local-Lip.
+drop the ball and it is IBP, give norms and row norms of the whole layers and it is BCP; with everything it is
+Local-Lip.
 """
 
 from __future__ import annotations
@@ -145,7 +146,7 @@ def activate(activation: Activation, before: Region, sigma: Array | None) -> Reg
 
 def linear_map(layer: Affine) -> LinearMap:
     """A layer's matrix as products with a vector."""
-    return LinearMap(layer.linear, layer.adjoint(), layer.in_shape, layer.out_shape)
+    return LinearMap(layer.linear, layer.adjoint(), layer.in_shape, layer.out_shape, layer.kernel.dtype)
 
 
 def local_lipschitz(network: Network, x: Array, eps: Array | float, norm: Norm | None = None) -> Array:
@@ -218,7 +219,7 @@ class Estimate:
 
     def __call__(self, place: int, linear_map: LinearMap) -> tuple[Array, Array]:
         oriented = linear_map.from_smaller_side()
-        start = jax.random.normal(jax.random.fold_in(self.key, place), oriented.in_shape)
+        start = jax.random.normal(jax.random.fold_in(self.key, place), oriented.in_shape, oriented.dtype)
         return spectral.converged_norm(oriented, start, tol=self.tol, max_iters=self.max_iters)
 
 
@@ -249,7 +250,7 @@ class WarmStarted:
 
     def __call__(self, place: int, linear_map: LinearMap) -> tuple[Array, Array]:
         oriented = linear_map.from_smaller_side()
-        noise = jax.random.normal(jax.random.fold_in(self.key, place), oriented.in_shape)
+        noise = jax.random.normal(jax.random.fold_in(self.key, place), oriented.in_shape, oriented.dtype)
         start = self.vectors[place].astype(noise.dtype) + self.noise * spectral.unit(noise)
         other = None if self.shared is None else self.shared[place].astype(noise.dtype)
         return spectral.power_iteration(oriented, start, self.num_iters, other)

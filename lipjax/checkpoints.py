@@ -57,6 +57,12 @@ class Checkpoints:
         self._manager.save(epoch, args=ocp.args.Composite(**items, metadata=ocp.args.JsonSave(facts)), force=True)
         self._manager.wait_until_finished()
 
+    def drop_after(self, epoch: int) -> None:
+        """Delete the checkpoints of later epochs, which a resumed run makes again."""
+        for later in self._manager.all_steps():
+            if later > epoch:
+                self._manager.delete(later)
+
     def restore(self, items: tuple[str, ...] = ("params",)) -> tuple[dict[str, Arrays], dict[str, Any]] | None:
         """The newest checkpoint that is whole.
 
@@ -73,12 +79,12 @@ class Checkpoints:
         for epoch in epochs:
             try:
                 return self._read(epoch, items)
+            except MemoryError:
+                raise
             except Exception as error:  # a damaged file can raise anything in the layers below
                 reason = " ".join(str(error).split())[:200]
                 print(
-                    f"refusing checkpoint {self.folder / str(epoch)}: {type(error).__name__}: {reason}; "
-                    "using the one before it",
-                    file=sys.stderr,
+                    f"refusing checkpoint {self.folder / str(epoch)}: {type(error).__name__}: {reason}", file=sys.stderr
                 )
         if epochs:
             raise InputError(f"no checkpoint in {self.folder} can be read; train again into another --workdir")

@@ -30,7 +30,7 @@ def run(command: Callable[[Parser, list[str]], None], doc: str | None, name: str
         print(f"{name}: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
-        print(f"{name}: interrupted; go on with --resume", file=sys.stderr)
+        print(f"{name}: interrupted", file=sys.stderr)
         raise SystemExit(130) from None
 
 

@@ -116,5 +116,8 @@ def _depth_to_space(phases: Array, stride: Pair, firsts: list[int], padding: Pad
 
 
 def _lax_conv(x: Array, kernel: Array, stride: Pair, padding: Padding) -> Array:
-    batch = lax.conv_general_dilated(x[None], kernel, stride, padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
-    return batch[0]
+    # The highest precision: TF32 has no place in a bound.
+    dimensions, precision = ("NHWC", "HWIO", "NHWC"), lax.Precision.HIGHEST
+    return lax.conv_general_dilated(
+        x[None], kernel, stride, padding, dimension_numbers=dimensions, precision=precision
+    )[0]

@@ -12,6 +12,7 @@ import os
 import pathlib
 import sys
 import zipfile
+import zlib
 
 import numpy as np
 
@@ -168,7 +169,7 @@ def _read(path: pathlib.Path) -> tuple[np.ndarray, np.ndarray] | None:
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             return arrays["images"], arrays["labels"]
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         print(f"ignoring the broken cache {path}: {error}", file=sys.stderr)
         return None
 

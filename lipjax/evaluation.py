@@ -102,7 +102,7 @@ def evaluate(network: Network, dataset: Dataset, eps: float, *, batch_size: int,
         "counts": counts,
         "global_lipschitz": lipschitz,
         "mean_local_lipschitz": float(found["lipschitz"].mean()),
-        "mean_local_to_global_ratio": float((found["lipschitz"] / lipschitz).mean()),
+        "mean_local_to_global_ratio": float((found["lipschitz"] / lipschitz).mean()) if lipschitz > 0 else 1.0,
         "live_share": [float(share) for share in found["live"].mean(axis=0)],
         "power_iterations": [float(mean) for mean in found["num_iters"].mean(axis=0)],
         "seconds": {"bounds": round(bounded - started, 2), "attack": round(finished - bounded, 2)},
@@ -145,7 +145,7 @@ def certify(
         if value is not None and value < 1:
             raise InputError(f"{name}={value} cannot be used; give at least 1")
     dataset = load(config.data.name, split, config.data.dir, config.data.cache)
-    model, facts = runs.restore_model(workdir, config, which)
+    model, facts = runs.restore_model(workdir, config, dataset, which)
     network = from_flax(model, dataset.images.shape[1:])
     chosen = dataset.take(slice(limit))
     found = evaluate(network, chosen, eps, batch_size=batch_size or config.certify.batch_size, seed=config.seed)

@@ -71,10 +71,11 @@ class Dense(Affine):
     """Dense layer: kernel (inputs, outputs), bias (outputs,). It ravels its input in C order."""
 
     def form(self, kernel: Array, a: Array) -> Array:
-        return a.ravel() @ kernel
+        return jnp.matmul(a.ravel(), kernel, precision=jax.lax.Precision.HIGHEST)
 
     def adjoint(self) -> Callable[[Array], Array]:
-        return lambda z: (self.kernel @ z).reshape(self.in_shape)
+        product = functools.partial(jnp.matmul, self.kernel, precision=jax.lax.Precision.HIGHEST)
+        return lambda z: product(z).reshape(self.in_shape)
 
 
 @jax.tree_util.register_dataclass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 
 import jax
 import jax.numpy as jnp
@@ -78,20 +79,22 @@ def from_flax(model: nnx.Sequential, input_shape: tuple[int, ...]) -> Network:
         TypeError: a layer that is not supported, named with its place. Nothing is ever guessed.
         ValueError: an input that does not fit a layer.
     """
-    if not isinstance(model, nnx.Sequential):
+    # Exact types: a subclass may compute something else.
+    if type(model) is not nnx.Sequential:
         raise TypeError(f"from_flax reads flax.nnx.Sequential models, not {type(model).__name__}")
     blocks: list[Block] = []
     shape = tuple(input_shape)
     for place, module in enumerate(model.layers):
-        if isinstance(module, nnx.Linear | nnx.Conv):
-            affine = _dense(module, shape, place) if isinstance(module, nnx.Linear) else _conv(module, shape, place)
+        if type(module) in (nnx.Linear, nnx.Conv):
+            affine = _dense(module, shape, place) if type(module) is nnx.Linear else _conv(module, shape, place)
             blocks.append(Block(affine, layers.Identity()))
             shape = affine.out_shape
-        elif isinstance(module, models.ClippedReLU):
+        elif type(module) is models.ClippedReLU:
             theta = jnp.asarray(module.theta[...])
             if theta.shape != shape:
                 raise ValueError(f"layer {place}: theta of shape {theta.shape} does not fit activations {shape}")
-            _append_activation(blocks, layers.ClippedReLU(theta), place)
+            inner = blocks[-1].affine.out_shape if blocks else shape
+            _append_activation(blocks, layers.ClippedReLU(theta.reshape(inner)), place)
         elif module in (nnx.relu, jax.nn.relu):
             _append_activation(blocks, layers.ReLU(), place)
         elif not isinstance(module, nnx.Module) and callable(module) and (flat := _reshaped(module, shape)):
@@ -119,11 +122,26 @@ def _append_activation(blocks: list[Block], activation: layers.Activation, place
     blocks[-1] = Block(blocks[-1].affine, activation)
 
 
+def _check_arithmetic(module: nnx.Linear | nnx.Conv, place: int) -> None:
+    """Raises TypeError where a layer computes with anything but plain products in its own float32 or float64."""
+    kernel_type = module.kernel[...].dtype
+    if kernel_type not in (jnp.float32, jnp.float64) or (module.dtype is not None and module.dtype != kernel_type):
+        raise TypeError(
+            f"layer {place}, nnx.{type(module).__name__}, has a kernel of {kernel_type} and computes in "
+            f"{module.dtype or kernel_type}; supported are float32 and float64, the same in both"
+        )
+    defaults = inspect.signature(type(module)).parameters
+    for option in ("dot_general", "conv_general_dilated", "promote_dtype", "preferred_element_type"):
+        if option in defaults and getattr(module, option) is not defaults[option].default:
+            raise TypeError(f"layer {place}, nnx.{type(module).__name__}, has its own {option}, which is not supported")
+
+
 def _bias(module: nnx.Linear | nnx.Conv, channels: int, dtype: jnp.dtype) -> Array:
     return jnp.zeros((channels,), dtype) if module.bias is None else jnp.asarray(module.bias[...])
 
 
 def _dense(module: nnx.Linear, shape: tuple[int, ...], place: int) -> layers.Dense:
+    _check_arithmetic(module, place)
     kernel = jnp.asarray(module.kernel[...])
     if len(shape) != 1:
         raise TypeError(f"layer {place}, nnx.Linear, acts on activations of shape {shape}: flatten them first")
@@ -131,6 +149,7 @@ def _dense(module: nnx.Linear, shape: tuple[int, ...], place: int) -> layers.Den
 
 
 def _conv(module: nnx.Conv, shape: tuple[int, ...], place: int) -> layers.Conv:
+    _check_arithmetic(module, place)
     kernel = jnp.asarray(module.kernel[...])
     if kernel.ndim != 4:
         raise TypeError(f"layer {place}, nnx.Conv, is not two-dimensional: its kernel has shape {kernel.shape}")

@@ -62,16 +62,23 @@ def l2_ball(x: Array, eps: Array | float) -> Region:
         A region in which every coordinate is live.
 
     Raises:
-        TypeError: x is not of a floating-point type (integer pixels would also round eps to an integer).
-        ValueError: eps is known and negative. A traced negative eps makes the region not finite.
+        TypeError: x is not float32 or float64; any narrower type would round eps and the box inwards.
+        ValueError: eps is not a scalar, or known and negative. A traced negative eps makes the region not finite.
     """
-    if not jnp.issubdtype(jnp.result_type(x), jnp.floating):
-        raise TypeError(f"x has type {jnp.result_type(x)}; expected floating-point pixels in [0, 1]")
-    if not isinstance(eps, jax.core.Tracer) and not jnp.ndim(eps) and eps < 0:
+    check_pixels(x)
+    if jnp.ndim(eps):
+        raise ValueError(f"eps has shape {jnp.shape(eps)}; expected one radius for the whole batch (vmap over others)")
+    if not isinstance(eps, jax.core.Tracer) and eps < 0:
         raise ValueError(f"eps is {eps}; expected a radius of at least 0, in [0, 1] pixels")
     eps = jnp.where(jnp.asarray(eps, x.dtype) < 0, jnp.nan, jnp.asarray(eps, x.dtype))
     lower, upper = x - eps, x + eps
     return Region(lower, upper, x, eps, jnp.ones(x.shape, bool), all_finite(lower, upper))
+
+
+def check_pixels(x: Array) -> None:
+    """Raises TypeError unless x is float32 or float64."""
+    if jnp.result_type(x) not in (jnp.float32, jnp.float64):
+        raise TypeError(f"x has type {jnp.result_type(x)}; expected floating-point pixels in [0, 1], float32 or wider")
 
 
 def all_finite(*arrays: Array | None) -> Array:

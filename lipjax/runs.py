@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import pathlib
+import sys
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -39,8 +40,11 @@ def train(config: ConfigDict, workdir: pathlib.Path, *, resume: bool) -> None:
     Raises:
         InputError: a folder that cannot be used, or a loss that is not finite (the last good checkpoint is kept).
     """
-    if not resume and workdir.exists() and any(workdir.iterdir()):
+    used = workdir.exists() and any(workdir.iterdir())
+    if used and not resume:
         raise InputError(f"{workdir} is not empty; go on with --resume, or name another --workdir")
+    if used and not (workdir / "config.json").exists():
+        raise InputError(f"{workdir} is not a run to resume: it has no config.json; name another --workdir")
     if resume and (workdir / "config.json").exists():
         settings.check_same(config, settings.load(workdir))
     run = Run(config, workdir)
@@ -85,7 +89,7 @@ class Run:
         self.train_images = self._images(self.train)
         self.validation_images = self._images(self.validation)
         self.last = Checkpoints(workdir / "checkpoints" / "last", keep=2)
-        self.best = Checkpoints(workdir / "checkpoints" / "best", keep=1)
+        self.best = Checkpoints(workdir / "checkpoints" / "best", keep=2)
 
     def initial_state(self) -> TrainState:
         """The state before the first step, for one device; with local norms it has one row of vectors per example."""
@@ -138,7 +142,7 @@ class Run:
     def is_best(self, rows: list[dict[str, Any]]) -> bool:
         """Whether the newest row has the highest certified accuracy on the validation split so far.
 
-        Only epochs trained at the full eps count: before, the norms are still underestimated the most.
+        Only epochs that end at the full eps count: before, the norms are underestimated the most.
         """
         if not len(self.validation):
             return False
@@ -151,7 +155,8 @@ class Run:
         """Write the checkpoint to resume from."""
         whole = self.gathered(state)
         rest = flat(dataclasses.replace(whole, params=None))
-        self.last.save(epoch, flat(nnx.to_pure_dict(whole.params)), rest, {"step": int(whole.step)})
+        facts = {"step": int(whole.step), "devices": self.devices}
+        self.last.save(epoch, flat(nnx.to_pure_dict(whole.params)), rest, facts)
 
     def save_best(self, state: TrainState, epoch: int) -> None:
         """Write the parameters that are the best so far."""
@@ -165,6 +170,13 @@ class Run:
         if found is None:
             return state, 0
         arrays, facts = found
+        if facts.get("devices", self.devices) != self.devices:
+            print(
+                f"the run was on {facts['devices']} devices and goes on on {self.devices}: examples are shuffled "
+                "within each device's share, so the metrics will differ from those of an uninterrupted run",
+                file=sys.stderr,
+            )
+        self.best.drop_after(int(facts["epoch"]))
         params = unflat(nnx.to_pure_dict(state.params), arrays["params"])
         nnx.replace_by_pure_dict(state.params, params)
         rest = unflat(dataclasses.replace(state, params=None), arrays["training"])
@@ -212,10 +224,11 @@ class Run:
         size = min(size, *(len(table) for table in vectors)) if vectors else size
         x = self.train.images[:size].astype(np.float32) / self.train.scale
         estimated, converged, whole = (np.asarray(a, np.float64) for a in self.probe(shared, vectors, x))
-        ratios = estimated / np.where(converged > 0, converged, 1)
+        # A layer that is dead altogether has norm 0 in both.
+        ratios = np.where(converged > 0, estimated / np.where(converged > 0, converged, 1), 1)
         return {
             "probe_lipschitz": float(converged.prod(axis=1).mean()),
-            "probe_lipschitz_ratio": float((estimated.prod(axis=1) / converged.prod(axis=1)).mean()),
+            "probe_lipschitz_ratio": float(ratios.prod(axis=1).mean()),
             "probe_global_lipschitz": float(whole.prod()),
             **{f"probe_sigma_ratio_{k + 1}": float(ratio) for k, ratio in enumerate(ratios.mean(axis=0))},
         }
@@ -280,12 +293,15 @@ def method_of(config: ConfigDict, num_steps: int) -> Method:
     )
 
 
-def restore_model(workdir: pathlib.Path, config: ConfigDict, which: str) -> tuple[nnx.Sequential, dict[str, Any]]:
+def restore_model(
+    workdir: pathlib.Path, config: ConfigDict, dataset: data.Dataset, which: str
+) -> tuple[nnx.Sequential, dict[str, Any]]:
     """The trained model of a run.
 
     Args:
         workdir: the run's folder.
         config: its config.
+        dataset: any split of its data set; gives the shape of an input.
         which: ``"best"`` (by the validation split; the last one where there is none) or ``"last"``.
 
     Returns:
@@ -297,10 +313,15 @@ def restore_model(workdir: pathlib.Path, config: ConfigDict, which: str) -> tupl
     folders = ["best", "last"] if which == "best" else ["last"]
     for name in folders:
         folder = workdir / "checkpoints" / name
-        found = Checkpoints(folder).restore() if folder.exists() else None
+        try:
+            found = Checkpoints(folder).restore() if folder.exists() else None
+        except InputError:
+            if name == "last":
+                raise
+            found = None  # said on the way; the last one may be whole
         if found is not None:
             arrays, facts = found
-            model = model_of(config, data.load(config.data.name, "test", config.data.dir, config.data.cache))
+            model = model_of(config, dataset)
             state = nnx.state(model, nnx.Param)
             nnx.replace_by_pure_dict(state, unflat(nnx.to_pure_dict(state), arrays["params"]))
             nnx.update(model, state)

@@ -51,17 +51,21 @@ def load(workdir: pathlib.Path) -> ConfigDict:
     path = workdir / "config.json"
     try:
         config = ConfigDict(json.loads(path.read_text()))
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"{workdir} is not a run: cannot read {path}: {error}; name a folder made by train.py"
-        ) from error
-    check(config)
+        check(config)
+    except InputError:
+        raise
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        reason = " ".join(str(error).split())
+        message = f"{workdir} is not a run: cannot read {path}: {reason}; name a folder made by train.py"
+        raise InputError(message) from error
     return config
 
 
 def save(config: ConfigDict, workdir: pathlib.Path) -> None:
     """Write the config into the run's folder."""
-    (workdir / "config.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n")
+    partial = workdir / "config.json.partial"
+    partial.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
+    partial.replace(workdir / "config.json")
 
 
 def check(config: ConfigDict) -> None:

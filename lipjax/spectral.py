@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax.numpy as jnp
 from jax import Array, lax
@@ -22,6 +23,7 @@ class LinearMap:
         rmatvec: ``z -> W^T z``, from ``out_shape`` to ``in_shape``.
         in_shape: shape of the input side.
         out_shape: shape of the output side.
+        dtype: type of the vectors.
         in_mask: boolean, the columns that are kept, or None for all.
         out_mask: boolean, the rows that are kept, or None for all.
     """
@@ -30,6 +32,7 @@ class LinearMap:
     rmatvec: Callable[[Array], Array]
     in_shape: tuple[int, ...]
     out_shape: tuple[int, ...]
+    dtype: Any = jnp.float32
     in_mask: Array | None = None
     out_mask: Array | None = None
 
@@ -40,6 +43,7 @@ class LinearMap:
             lambda z: _select(in_mask, self.rmatvec(_select(out_mask, z))),
             self.in_shape,
             self.out_shape,
+            self.dtype,
             in_mask,
             out_mask,
         )
@@ -47,7 +51,9 @@ class LinearMap:
     def from_smaller_side(self) -> LinearMap:
         """The map or its transpose, whichever takes the shorter vectors. Both have the same singular values."""
         if math.prod(self.out_shape) < math.prod(self.in_shape):
-            return LinearMap(self.rmatvec, self.matvec, self.out_shape, self.in_shape, self.out_mask, self.in_mask)
+            return LinearMap(
+                self.rmatvec, self.matvec, self.out_shape, self.in_shape, self.dtype, self.out_mask, self.in_mask
+            )
         return self
 
     def image(self, vector: Array) -> Array:

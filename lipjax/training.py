@@ -188,7 +188,7 @@ def initial_vectors(network: Network, key: Array, num_iters: int = 100) -> tuple
 
     def norm(place: int, linear_map: spectral.LinearMap) -> tuple[Array, Array]:
         oriented = linear_map.from_smaller_side()
-        start = jax.random.normal(jax.random.fold_in(key, place), oriented.in_shape)
+        start = jax.random.normal(jax.random.fold_in(key, place), oriented.in_shape, oriented.dtype)
         return spectral.power_iteration(oriented, start, num_iters)
 
     return _stored(tuple(norm(place, bounds.linear_map(b.affine))[1] for place, b in enumerate(network.blocks)))

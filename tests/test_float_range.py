@@ -67,3 +67,20 @@ def test_saturated_logits_are_attacked_all_the_same():
     x, label = jnp.array([[0.6]]), jnp.array([0])
     found = lipjax.pgd(network, x, label, 0.3, jax.random.key(1), num_steps=20)
     assert int(jnp.argmax(network(found))) == 1
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_half_precision_pixels_are_refused_because_they_would_round_eps(dtype):
+    with pytest.raises(TypeError, match="float32 or wider"):
+        lipjax.local_lipschitz(chain((1.0, 1.0, 1.0)), jnp.ones((1, 1), dtype), 1.58)
+
+
+def test_one_radius_for_a_batch():
+    with pytest.raises(ValueError, match=r"eps has shape \(1,\); expected one radius"):
+        lipjax.certify(chain((1.0, 1.0, 1.0)), jnp.array([[0.9]]), jnp.array([0]), jnp.array([0.1]))
+
+
+def test_float32_networks_work_where_float64_is_enabled():
+    network, x = chain((1.0, 1.0, 1.0)), jnp.array([[0.9]])
+    with jax.enable_x64(True):
+        assert lipjax.local_lipschitz(network, x, 0.1).dtype == jnp.float32

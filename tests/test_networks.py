@@ -177,3 +177,41 @@ def test_a_network_is_a_pytree_with_a_static_structure():
     again = jax.tree.unflatten(structure, leaves)
     assert isinstance(again.blocks[0].activation, layers.ReLU)
     assert again.input_shape == (3,)
+
+
+class Doubled(nnx.Linear):
+    def __call__(self, x):
+        return 2 * super().__call__(x)
+
+
+class Reversed(nnx.Sequential):
+    def __call__(self, x):
+        return -super().__call__(x)
+
+
+def doubled_product(*arguments, **options):
+    return 2 * jax.lax.dot_general(*arguments, **options)
+
+
+@pytest.mark.parametrize(
+    ("module", "word"),
+    [
+        (Doubled(3, 4, rngs=RNGS), "Doubled, is not supported"),
+        (nnx.LoRALinear(3, 4, lora_rank=2, rngs=RNGS), "LoRALinear, is not supported"),
+        (linear(3, 4, dot_general=doubled_product), "its own dot_general"),
+        (linear(3, 4, dtype=jnp.bfloat16), "computes in"),
+        (linear(3, 4, param_dtype=jnp.float16), "kernel of float16"),
+    ],
+)
+def test_layers_that_compute_something_else_are_refused(module, word):
+    with pytest.raises(TypeError, match=word):
+        from_flax(nnx.Sequential(module, nnx.relu, linear(4, 2)), (3,))
+
+
+def test_models_that_compute_something_else_are_refused():
+    with pytest.raises(TypeError, match="not Reversed"):
+        from_flax(Reversed(linear(3, 4), nnx.relu, linear(4, 2)), (3,))
+
+
+def test_clips_after_a_flatten_are_those_of_the_layer_before():
+    assert_same(nnx.Sequential(conv(1, 2), models.flatten, models.ClippedReLU((50,), 0.2), linear(50, 3)), (5, 5, 1))

@@ -138,7 +138,7 @@ def certify(
         InputError: no run, no checkpoint, no data or a value that cannot be used.
     """
     config = settings.load(workdir)
-    eps = config.eps if eps is None else eps
+    eps = float(config.eps if eps is None else eps)
     if not (math.isfinite(eps) and eps > 0):
         raise InputError(f"--eps={eps} cannot be used; give a finite number more than 0, in [0, 1] pixels")
     for name, value in (("--limit", limit), ("--batch-size", batch_size)):

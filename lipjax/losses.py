@@ -59,4 +59,5 @@ def sparsity(preactivation: Region, theta: Array, weight_theta: Array | float) -
     Returns:
         Scalar; sum it over layers.
     """
-    return jnp.mean(jnp.maximum(preactivation.upper, 0) + weight_theta * jnp.maximum(theta - preactivation.lower, 0))
+    lower, upper = preactivation.box
+    return jnp.mean(jnp.maximum(upper, 0) + weight_theta * jnp.maximum(theta - lower, 0))

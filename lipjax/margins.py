@@ -26,6 +26,8 @@ def pairwise_lipschitz(head: Dense, region: Region, label: Array) -> Array:
     Returns:
         Margins (classes,).
     """
+    if region.radius is None:
+        raise ValueError("this region has no ball: propagate one that was not made with without_ball()")
     margins, directions = _margins(head, region, label)
     masked = jnp.where(region.live.ravel()[None], directions, 0)
     return margins - region.radius * jax.vmap(length)(masked)
@@ -58,9 +60,8 @@ def box_and_ball(head: Dense, region: Region, label: Array, num_iters: int = 16)
         [BCP] section 3.3; [H21] appendix.
     """
     margins, c = _margins(head, region, label)
-    center = region.center.ravel()[None]
-    low = jnp.minimum(region.lower.ravel()[None] - center, 0)
-    high = jnp.maximum(region.upper.ravel()[None] - center, 0)
+    low, high = (bound.ravel()[None] - region.center.ravel()[None] for bound in region.box)
+    low, high = jnp.minimum(low, 0), jnp.maximum(high, 0)
     corner = margins + jnp.sum(jnp.minimum(c * low, c * high), axis=1)
     if region.radius is None:
         return corner

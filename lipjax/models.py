@@ -90,9 +90,9 @@ def classifier(
     modules: list = []
     for spec in ARCHITECTURES[architecture]:
         if isinstance(spec, C):
-            modules.append(_conv(shape[2], spec, rngs))
-            height, width = ((n + 2 * spec.padding - spec.kernel) // spec.stride + 1 for n in shape[:2])
-            shape = (height, width, spec.channels)
+            *size, channels = shape
+            modules.append(_conv(channels, spec, rngs))
+            shape = (*((n + 2 * spec.padding - spec.kernel) // spec.stride + 1 for n in size), spec.channels)
         else:
             if len(shape) > 1:
                 modules.append(flatten)

@@ -40,6 +40,13 @@ class Region:
             self, **{name: None if array is None else array.reshape(shape) for name, array in arrays.items()}
         )
 
+    @property
+    def box(self) -> tuple[Array, Array]:
+        """Lower and upper bounds. Raises ValueError where the region is a ball alone."""
+        if self.lower is None or self.upper is None:
+            raise ValueError("this region has no box: propagate one that was not made with without_box()")
+        return self.lower, self.upper
+
     def without_box(self) -> Region:
         """The ball alone."""
         return dataclasses.replace(self, lower=None, upper=None)

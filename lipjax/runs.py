@@ -15,13 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
-from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from lipjax import bounds, data, losses, margins, models, networks, reports, schedules, settings, sharding, training
 from lipjax.checkpoints import Checkpoints, flat, unflat
 from lipjax.errors import InputError
 from lipjax.regions import l2_ball
+from lipjax.settings import Config
 from lipjax.training import Batch, Images, Method, TrainState
 
 MARGINS = {"pairwise_lipschitz": margins.pairwise_lipschitz, "box_and_ball": margins.box_and_ball}
@@ -29,7 +29,7 @@ LOSSES = {"gloro": losses.gloro, "cross_entropy": lambda logits, worst, label: l
 FETCH_EVERY = 4  # steps in flight; forced CPU devices must synchronise at least every 8
 
 
-def train(config: ConfigDict, workdir: pathlib.Path, *, resume: bool) -> None:
+def train(config: Config, workdir: pathlib.Path, *, resume: bool) -> None:
     """Train a model and write config, log and checkpoints into ``workdir``.
 
     Args:
@@ -69,7 +69,7 @@ def train(config: ConfigDict, workdir: pathlib.Path, *, resume: bool) -> None:
 class Run:
     """One run: what a config describes, on the devices of this process."""
 
-    def __init__(self, config: ConfigDict, workdir: pathlib.Path) -> None:
+    def __init__(self, config: Config, workdir: pathlib.Path) -> None:
         self.config, self.workdir = config, workdir
         self.devices = jax.local_device_count()
         if config.schedule.batch_size % self.devices:
@@ -260,7 +260,7 @@ class Run:
         return tuple(sharding.deal(np.asarray(table), self.devices) for table in tables)
 
 
-def model_of(config: ConfigDict, dataset: data.Dataset) -> nnx.Sequential:
+def model_of(config: Config, dataset: data.Dataset) -> nnx.Sequential:
     """The Flax model of a config, freshly initialised from its seed."""
     return models.classifier(
         config.model.architecture,
@@ -272,7 +272,7 @@ def model_of(config: ConfigDict, dataset: data.Dataset) -> nnx.Sequential:
     )
 
 
-def method_of(config: ConfigDict, num_steps: int) -> Method:
+def method_of(config: Config, num_steps: int) -> Method:
     """What a config trains through, over the given number of steps."""
     schedule = config.schedule
     learning_rate = schedules.constant_then_exponential(
@@ -294,7 +294,7 @@ def method_of(config: ConfigDict, num_steps: int) -> Method:
 
 
 def restore_model(
-    workdir: pathlib.Path, config: ConfigDict, dataset: data.Dataset, which: str
+    workdir: pathlib.Path, config: Config, dataset: data.Dataset, which: str
 ) -> tuple[nnx.Sequential, dict[str, Any]]:
     """The trained model of a run.
 
@@ -340,6 +340,6 @@ def _row(values: dict[str, np.ndarray]) -> dict[str, float]:
     return row
 
 
-def default_workdir(config: ConfigDict, name: str) -> pathlib.Path:
+def default_workdir(config: Config, name: str) -> pathlib.Path:
     """A new folder under runs/, named after config, method and time."""
     return pathlib.Path("runs") / f"{name}-{config.method.name}-{time.strftime('%Y%m%d-%H%M%S')}"

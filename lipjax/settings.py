@@ -13,13 +13,14 @@ from ml_collections import ConfigDict, config_flags
 from lipjax import data, models
 from lipjax.errors import InputError
 
+Config = Any  # an ml_collections.ConfigDict, whose entries are known at run time only
 NORMS = ("local", "global")
 MARGINS = ("pairwise_lipschitz", "box_and_ball")
 LOSSES = ("gloro", "cross_entropy")
 ACTIVATIONS = ("relu", "clipped_relu")
 
 
-def parse(arguments: list[str]) -> ConfigDict:
+def parse(arguments: list[str]) -> Config:
     """The config named by ``--config FILE[:METHOD]`` with its ``--config.KEY=VALUE`` overrides.
 
     Raises:
@@ -42,7 +43,7 @@ def parse(arguments: list[str]) -> ConfigDict:
     return config
 
 
-def load(workdir: pathlib.Path) -> ConfigDict:
+def load(workdir: pathlib.Path) -> Config:
     """The config of a run.
 
     Raises:
@@ -61,14 +62,14 @@ def load(workdir: pathlib.Path) -> ConfigDict:
     return config
 
 
-def save(config: ConfigDict, workdir: pathlib.Path) -> None:
+def save(config: Config, workdir: pathlib.Path) -> None:
     """Write the config into the run's folder."""
     partial = workdir / "config.json.partial"
     partial.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
     partial.replace(workdir / "config.json")
 
 
-def check(config: ConfigDict) -> None:
+def check(config: Config) -> None:
     """Raises InputError, in one line, for the first value that cannot be used."""
     schedule = config.schedule
     _one_of("data.name", config.data.name, data.NAMES)
@@ -103,7 +104,7 @@ def check(config: ConfigDict) -> None:
         )
 
 
-def check_same(config: ConfigDict, before: ConfigDict) -> None:
+def check_same(config: Config, before: Config) -> None:
     """Raises InputError where a run cannot go on because what it computes was changed; where it reads may change."""
     free = ("data.dir", "data.cache", "certify.", "checkpoint.")
     now, then = _flat(config.to_dict()), _flat(before.to_dict())
@@ -135,7 +136,7 @@ def _within(key: str, value: float, least: float, most: float, open_below: bool 
         raise InputError(f"--config.{key}={value} cannot be used; give a finite number {bound}")
 
 
-def _lookup(config: ConfigDict, key: str) -> Any:
+def _lookup(config: Config, key: str) -> Any:
     for part in key.split("."):
         config = config[part]
     return config

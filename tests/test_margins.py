@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import optimize
 
+import lipjax
 from lipjax import Region, box_and_ball, dense, pairwise_lipschitz, worst_logits, worst_margin
 
 
@@ -229,3 +230,12 @@ def test_gradients_are_finite_where_nothing_varies():
 
     gradients = jax.jit(jax.grad(total, (0, 1)))(head, jnp.float32(0))
     assert all(np.isfinite(np.asarray(leaf)).all() for leaf in jax.tree.leaves(gradients))
+
+
+def test_a_region_without_what_the_margins_need_is_refused():
+    head = lipjax.dense(jnp.eye(2), jnp.zeros(2), (2,))
+    region = lipjax.l2_ball(jnp.zeros(2), 0.1)
+    with pytest.raises(ValueError, match="has no box"):
+        lipjax.box_and_ball(head, region.without_box(), 0)
+    with pytest.raises(ValueError, match="has no ball"):
+        lipjax.pairwise_lipschitz(head, region.without_ball(), 0)

@@ -130,7 +130,7 @@ def _check_arithmetic(module: nnx.Linear | nnx.Conv, place: int) -> None:
             f"layer {place}, nnx.{type(module).__name__}, has a kernel of {kernel_type} and computes in "
             f"{module.dtype or kernel_type}; supported are float32 and float64, the same in both"
         )
-    defaults = inspect.signature(type(module)).parameters
+    defaults = inspect.signature(type(module).__init__).parameters
     for option in ("dot_general", "conv_general_dilated", "promote_dtype", "preferred_element_type"):
         if option in defaults and getattr(module, option) is not defaults[option].default:
             raise TypeError(f"layer {place}, nnx.{type(module).__name__}, has its own {option}, which is not supported")

@@ -210,3 +210,26 @@ def test_other_methods_lower_their_loss(method, tmp_path):
     runs.train(config, tmp_path / "run", resume=False)
     rows = reports.read_rows(tmp_path / "run", before=3)
     assert rows[-1]["loss"] < rows[0]["loss"]
+
+
+def test_eps_is_the_exact_fraction_and_not_three_digits_of_it(finished, tmp_path, capsys):
+    workdir, _ = finished
+    evaluation.certify(workdir, eps=36 / 255, limit=5, output=tmp_path)
+    assert json.loads((tmp_path / "summary.json").read_text())["eps"] == 36 / 255 != 0.141
+    assert "eps 0.141176" in capsys.readouterr().out
+
+
+def test_the_shipped_digits_run_is_read_at_once(tmp_path):
+    shipped = ROOT / "results" / "digits"
+    found = evaluation.certify(shipped, limit=20, output=tmp_path)
+    stated = json.loads((shipped / "summary.json").read_text())
+    assert found["params_sha256"] == stated["params_sha256"]
+    assert stated["certified_accuracy"] > 0.55
+    with np.load(tmp_path / "certificates.npz") as ours, np.load(shipped / "certificates.npz") as theirs:
+        np.testing.assert_allclose(ours["worst_margin"], theirs["worst_margin"][:20], rtol=1e-2, atol=1e-2)
+
+
+def test_a_folder_that_is_no_run_cannot_be_resumed(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(settings.InputError, match=r"is not a run to resume: it has no config\.json"):
+        runs.train(shrunk(), tmp_path, resume=True)

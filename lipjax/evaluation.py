@@ -59,22 +59,21 @@ def evaluate(network: Network, dataset: Dataset, eps: float, *, batch_size: int,
     norm_key, attack_key = jax.random.split(jax.random.key(seed))
     norm = bounds.Estimate(norm_key)
     batch_size = min(batch_size, len(dataset))
-    with jax.default_matmul_precision("highest"):
-        started = time.perf_counter()
-        sigmas, _ = jax.jit(bounds.global_norms)(network, norm)
-        bound = jax.jit(_bound)
-        found = _in_batches(
-            lambda x, label, index: bound(network, x, label, eps, norm, sigmas), dataset, batch_size, "bounds"
-        )
-        bounded = time.perf_counter()
-        attack = jax.jit(_attack)
-        attacked = _in_batches(
-            lambda x, label, index: {"attacked": attack(network, x, label, eps, attack_key, index)},
-            dataset,
-            batch_size,
-            "attack",
-        )["attacked"]
-        finished = time.perf_counter()
+    started = time.perf_counter()
+    sigmas, _ = jax.jit(bounds.global_norms)(network, norm)
+    bound = jax.jit(_bound)
+    found = _in_batches(
+        lambda x, label, index: bound(network, x, label, eps, norm, sigmas), dataset, batch_size, "bounds"
+    )
+    bounded = time.perf_counter()
+    attack = jax.jit(_attack)
+    attacked = _in_batches(
+        lambda x, label, index: {"attacked": attack(network, x, label, eps, attack_key, index)},
+        dataset,
+        batch_size,
+        "attack",
+    )["attacked"]
+    finished = time.perf_counter()
     correct = found["prediction"] == dataset.labels
     columns = {
         "index": np.arange(len(dataset)),

@@ -48,8 +48,6 @@ def train(config: Config, workdir: pathlib.Path, *, resume: bool) -> None:
     if resume and (workdir / "config.json").exists():
         settings.check_same(config, settings.load(workdir))
     run = Run(config, workdir)
-    workdir.mkdir(parents=True, exist_ok=True)
-    settings.save(config, workdir)
     state, first = run.restored() if resume else (run.initial_state(), 0)
     state = run.spread(state)
     rows = reports.read_rows(workdir, before=first)
@@ -88,6 +86,9 @@ class Run:
         self.probe = jax.jit(self._probe)
         self.train_images = self._images(self.train)
         self.validation_images = self._images(self.validation)
+        # The config first: a folder with checkpoints but without it could not be resumed after a kill.
+        workdir.mkdir(parents=True, exist_ok=True)
+        settings.save(config, workdir)
         self.last = Checkpoints(workdir / "checkpoints" / "last", keep=2)
         self.best = Checkpoints(workdir / "checkpoints" / "best", keep=2)
 

@@ -13,18 +13,18 @@ from lipjax.bounds import (
     Given,
     WarmStarted,
     full_row_norms,
-    global_lipschitz,
     global_norms,
-    local_lipschitz,
     masked_row_norms,
     propagate,
 )
-from lipjax.certificates import Certificate, certify
+from lipjax.certificates import Certificate
+from lipjax.certifier import Certifier
 from lipjax.layers import ClippedReLU, Conv, Dense, Identity, ReLU, convolution, dense
 from lipjax.losses import cross_entropy, gloro, mixed, sparsity
 from lipjax.margins import box_and_ball, pairwise_lipschitz, worst_logits, worst_margin
 from lipjax.networks import Block, Network, from_flax
 from lipjax.regions import Region, l2_ball
+from lipjax.robustness import certify, global_lipschitz, local_lipschitz
 from lipjax.spectral import LinearMap, converged_norm, power_iteration
 
 __version__ = _version("lipjax")
@@ -33,6 +33,7 @@ __all__ = [
     "Block",
     "Bounds",
     "Certificate",
+    "Certifier",
     "ClippedReLU",
     "Conv",
     "Dense",

@@ -21,6 +21,7 @@ def pgd(
     *,
     num_steps: int = 100,
     step_size: Array | float | None = None,
+    start: Array | None = None,
 ) -> Array:
     """l2 PGD on the cross entropy from one random start, every iterate inside the ball and in [0, 1].
 
@@ -35,6 +36,7 @@ def pgd(
         key: draws the starts: one key for the batch, or one per example (B,).
         num_steps: steps of normalised gradient ascent.
         step_size: default eps / 4.
+        start: points (B, ...) in the ball to go on from; default random ones. The key is not used then.
 
     Returns:
         Perturbed inputs (B, ...), the last iterate. Attacks of a NaN gradient stay where they are.
@@ -60,8 +62,9 @@ def pgd(
         direction = jnp.where(jnp.isfinite(direction), direction, 0)
         return _project(points + step * direction, x, eps)
 
-    keys = jax.random.split(key, x.shape[0]) if key.ndim == 0 else key
-    start = _project(x + eps * jax.vmap(_random_in_unit_ball, (0, None))(keys, x[0]), x, eps)
+    if start is None:
+        keys = jax.random.split(key, x.shape[0]) if key.ndim == 0 else key
+        start = _project(x + eps * jax.vmap(_random_in_unit_ball, (0, None))(keys, x[0]), x, eps)
     return lax.fori_loop(0, num_steps, ascend, start)
 
 

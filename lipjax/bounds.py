@@ -18,7 +18,7 @@ from jax import Array
 from lipjax import spectral
 from lipjax.layers import Activation, Affine
 from lipjax.networks import Network
-from lipjax.regions import Region, all_finite, l2_ball
+from lipjax.regions import Region, all_finite
 from lipjax.spectral import LinearMap
 
 
@@ -26,11 +26,8 @@ class Norm(Protocol):
     """How a pass gets its spectral norms: the one seam between bounds and norms.
 
     Called with the place of a layer and its masked map, it gives sigma and whatever it wants to hand back (the next
-    start of a power iteration, say). Its ``level`` says what sigma is worth and is copied into every certificate.
+    start of a power iteration, say).
     """
-
-    @property
-    def level(self) -> str: ...
 
     def __call__(self, place: int, linear_map: LinearMap) -> tuple[Array, Any]: ...
 
@@ -106,7 +103,7 @@ def propagate(network: Network, region: Region, norm: Norm, row_norms: RowNorms 
         if before.radius is None:
             sigma, result = None, None
         else:
-            rows = _live_rows(block.activation, before)
+            rows = live_rows(block.activation, before)
             sigma, result = norm(place, linear_map(block.affine).masked(rows, columns))
         region = activate(block.activation, before, sigma)
         preactivations.append(before)
@@ -149,49 +146,6 @@ def linear_map(layer: Affine) -> LinearMap:
     return LinearMap(layer.linear, layer.adjoint(), layer.in_shape, layer.out_shape, layer.kernel.dtype)
 
 
-def local_lipschitz(network: Network, x: Array, eps: Array | float, norm: Norm | None = None) -> Array:
-    """The local Lipschitz constant of the feature map (last dense layer excluded) on the eps-ball around each input.
-
-    The product of the norms of the layers with the rows and columns dropped whose neurons are constant on the ball:
-    ``||phi(x') - phi(x'')|| <= L ||x' - x''||`` for any two points of the ball [H21 Eq 6].
-
-    Args:
-        network: the classifier.
-        x: inputs (B, ...), in [0, 1] pixels.
-        eps: l2 radius of the balls, in pixels.
-        norm: gives the spectral norms; default :class:`Estimate` with key 0.
-
-    Returns:
-        Shape (B,).
-
-    Soundness:
-        As good as the norms: with :class:`Estimate` an estimate from below, not a bound.
-
-    Raises:
-        ValueError: x is not a batch of inputs of the network.
-    """
-    check_batch(network, x)
-    norm = Estimate(jax.random.key(0)) if norm is None else norm
-    return jax.vmap(lambda one: propagate(network, l2_ball(one, eps), norm).lipschitz)(x)
-
-
-def global_lipschitz(network: Network, norm: Norm | None = None) -> Array:
-    """The product of the norms of the whole layers up to the features: a constant for any two inputs.
-
-    Args:
-        network: the classifier.
-        norm: gives the spectral norms; default :class:`Estimate` with key 0.
-
-    Returns:
-        Scalar.
-
-    Soundness:
-        As good as the norms.
-    """
-    norm = Estimate(jax.random.key(0)) if norm is None else norm
-    return jnp.prod(global_norms(network, norm)[0])
-
-
 def global_norms(network: Network, norm: Norm) -> tuple[Array, tuple[Any, ...]]:
     """The norms (blocks,) of the whole layers of the feature map, and what ``norm`` hands back for each."""
     pairs = [norm(place, linear_map(block.affine)) for place, block in enumerate(network.blocks)]
@@ -215,7 +169,6 @@ class Estimate:
     key: Array
     tol: float = dataclasses.field(default=1e-3, metadata={"static": True})
     max_iters: int = dataclasses.field(default=2000, metadata={"static": True})
-    level = "estimate"
 
     def __call__(self, place: int, linear_map: LinearMap) -> tuple[Array, Array]:
         oriented = linear_map.from_smaller_side()
@@ -246,7 +199,6 @@ class WarmStarted:
     key: Array
     num_iters: int = dataclasses.field(metadata={"static": True})
     noise: float = dataclasses.field(default=0.01, metadata={"static": True})
-    level = "estimate"
 
     def __call__(self, place: int, linear_map: LinearMap) -> tuple[Array, Array]:
         oriented = linear_map.from_smaller_side()
@@ -262,7 +214,6 @@ class Given:
     """Norms that are known already, whatever the masks: global norms, shared by all examples. Hands back nothing."""
 
     sigmas: Array
-    level: str = dataclasses.field(default="estimate", metadata={"static": True})
 
     def __call__(self, place: int, linear_map: LinearMap) -> tuple[Array, None]:
         return self.sigmas[place], None
@@ -275,7 +226,8 @@ def check_batch(network: Network, x: Array) -> None:
         raise ValueError(f"x has shape {jnp.shape(x)}; expected a batch ({expected})")
 
 
-def _live_rows(activation: Activation, before: Region) -> Array:
+def live_rows(activation: Activation, before: Region) -> Array:
+    """The rows of the layer before an activation that matter; all of them where there is no box."""
     if before.lower is None or before.upper is None:
         return before.live
     return activation.live_rows(before.lower, before.upper)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from lipjax import evaluation, runs, settings
+from lipjax.certifier import LEVELS
 from lipjax.errors import InputError
 
 
@@ -61,6 +62,10 @@ def certify(parser: Parser, arguments: list[str]) -> None:
     parser.add_argument("--batch-size", type=int, help="images per call; default: the config's")
     parser.add_argument("--checkpoint", default="best", choices=("best", "last"), help="default: best on validation")
     parser.add_argument("--output", type=pathlib.Path, help="folder of the files; default: --workdir")
+    parser.add_argument("--level", default="probabilistic", choices=LEVELS, help="what the spectral norms are worth")
+    parser.add_argument("--delta", type=float, default=1e-6, help="probability that ANY certificate is wrong")
+    parser.add_argument("--rtol", type=float, default=1e-3, help="relative gap at which a norm is tight enough")
+    parser.add_argument("--no-triage", action="store_true", help="attack and bound what is already decided as well")
     options = parser.parse_args(arguments)
     evaluation.certify(
         options.workdir,
@@ -70,5 +75,9 @@ def certify(parser: Parser, arguments: list[str]) -> None:
         batch_size=options.batch_size,
         which=options.checkpoint,
         output=options.output,
+        level=options.level,
+        delta=options.delta,
+        rtol=options.rtol,
+        triage=not options.no_triage,
     )
     print(f"\nfiles: {options.output or options.workdir}/certificates.npz, certificates.csv, summary.json")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.metadata
 import math
 import pathlib
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -17,15 +18,18 @@ import numpy as np
 from jax import Array
 from tqdm import tqdm
 
-from lipjax import bounds, reports, runs, settings
+from lipjax import reports, runs, settings
 from lipjax.attacks import pgd
-from lipjax.certificates import Certificate, certificate
+from lipjax.certifier import Certifier, Found
 from lipjax.data import Dataset, load
 from lipjax.errors import InputError
 from lipjax.networks import Network, from_flax
-from lipjax.regions import l2_ball
 
 Columns = dict[str, np.ndarray]
+STAGES = ("prediction", "global", "attack", "local")
+
+
+ATTACK_STEPS, ATTACK_ROUNDS = 25, 4  # the paper's 100 steps; who is broken after a round leaves
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +37,8 @@ class Evaluation:
     """Results of one evaluation.
 
     Attributes:
-        columns: per example: index, label, prediction, worst_margin, lipschitz, certified, attacked.
+        columns: per example: index, label, prediction, worst_margin, lipschitz, certified, attacked and stage, the
+            one that decided: "prediction" (it is wrong), "global", "attack" or "local".
         summary: the figures of the whole, ready for JSON.
     """
 
@@ -41,72 +46,130 @@ class Evaluation:
     summary: dict[str, Any]
 
 
-def evaluate(network: Network, dataset: Dataset, eps: float, *, batch_size: int, seed: int = 0) -> Evaluation:
+def evaluate(
+    network: Network,
+    dataset: Dataset,
+    eps: float,
+    *,
+    batch_size: int,
+    seed: int = 0,
+    level: str = "probabilistic",
+    delta: float = 1e-6,
+    rtol: float = 1e-3,
+    triage: bool = True,
+) -> Evaluation:
     """Attack and certify every example.
 
-    The result of an example depends on its place in the data set and on the seed alone, not on the batch size.
+    In three stages: certificates with global norms; PGD on those that are not certified by then; certificates with
+    local norms for those that PGD did not break. The norms of an example depend on its place in the data set and on
+    the seed alone, not on the batch size or on what the stages before decided.
 
     Args:
         network: the classifier.
         dataset: the examples.
         eps: l2 radius, in [0, 1] pixels.
-        batch_size: examples per call.
+        batch_size: examples per cohort.
         seed: of the starts of attacks and norms.
+        level: what the norms are worth.
+        delta: total probability that any certificate is wrong.
+        rtol: relative gap at which a norm is tight enough.
+        triage: leave out what an earlier stage has decided; without it every example goes through all stages, and
+            the same ones are certified.
 
     Returns:
-        Columns and summary, at level ``estimate``. ``attacked`` means that PGD found a wrong prediction in the ball.
+        Columns and summary. ``attacked`` means that PGD found a wrong prediction in the ball.
+
+    Reference:
+        [H21] section 5.
     """
     norm_key, attack_key = jax.random.split(jax.random.key(seed))
-    norm = bounds.Estimate(norm_key)
-    batch_size = min(batch_size, len(dataset))
-    started = time.perf_counter()
-    sigmas, _ = jax.jit(bounds.global_norms)(network, norm)
-    bound = jax.jit(_bound)
-    found = _in_batches(
-        lambda x, label, index: bound(network, x, label, eps, norm, sigmas), dataset, batch_size, "bounds"
-    )
-    bounded = time.perf_counter()
-    attack = jax.jit(_attack)
-    attacked = _in_batches(
-        lambda x, label, index: {"attacked": attack(network, x, label, eps, attack_key, index)},
-        dataset,
-        batch_size,
-        "attack",
-    )["attacked"]
-    finished = time.perf_counter()
-    correct = found["prediction"] == dataset.labels
-    columns = {
-        "index": np.arange(len(dataset)),
+    count = len(dataset)
+    watch = Stopwatch()
+    certifier = Certifier(network, count, level=level, delta=delta, key=norm_key, rtol=rtol)
+    blocks = len(network.blocks)
+    columns: Columns = {
+        "index": np.arange(count),
         "label": dataset.labels,
-        **{name: found[name] for name in ("prediction", "worst_margin", "lipschitz", "certified")},
-        "attacked": attacked,
+        "prediction": np.zeros(count, np.int32),
+        "worst_margin": np.zeros(count),
+        "lipschitz": np.zeros(count),
+        "certified": np.zeros(count, bool),
+        "attacked": np.zeros(count, bool),
+        "stage": np.full(count, "prediction", "U10"),
     }
-    lipschitz = float(np.prod(np.asarray(sigmas, np.float64)))
+    live, products = np.zeros((count, blocks)), np.zeros((count, blocks))
+
+    def keep(found: Found, part: np.ndarray) -> None:
+        for name in ("prediction", "worst_margin", "lipschitz", "certified"):
+            columns[name][part] = getattr(found.certificate, name)[: len(part)]
+        live[part], products[part] = found.live[: len(part)], found.products[: len(part)]
+
+    for part, batch in _cohorts(dataset, np.arange(count), batch_size, "global bounds"):
+        keep(certifier.globally(batch.x, batch.label, eps), part)
+    correct = columns["prediction"] == dataset.labels
+    with_global_norms = columns["certified"].copy()
+    columns["stage"][with_global_norms] = "global"
+    watch.lap("global")
+
+    left = np.flatnonzero(correct & ~with_global_norms) if triage else np.arange(count)
+    columns["attacked"] = _broken(network, dataset, left, eps, attack_key, batch_size)
+    columns["stage"][correct & ~with_global_norms & columns["attacked"]] = "attack"
+    watch.lap("attack")
+
+    local = left[~columns["attacked"][left]] if triage else left
+    for part, batch in _cohorts(dataset, local, batch_size, "local bounds"):
+        keep(certifier.locally(batch.x, batch.label, eps, batch.index), part)
+    columns["stage"][local[correct[local] & ~with_global_norms[local] & ~columns["attacked"][local]]] = "local"
+    watch.lap("local")
+
+    certified, attacked = columns["certified"], columns["attacked"]
     counts = {
-        "examples": len(dataset),
+        "examples": count,
         "correct": int(correct.sum()),
         "correct_after_pgd": int((correct & ~attacked).sum()),
-        "certified": int(found["certified"].sum()),
-        "certified_with_global_norms": int(found["certified_globally"].sum()),
-        "certified_but_attacked": int((found["certified"] & attacked).sum()),
+        "certified": int(certified.sum()),
+        "certified_with_global_norms": int(with_global_norms.sum()),
+        "certified_but_attacked": int((certified & attacked).sum()),
+        "decided": {stage: int((columns["stage"] == stage).sum()) for stage in STAGES},
+        "bounded_locally": len(local),
     }
+    ledger = certifier.ledger
     summary = {
-        "clean_accuracy": counts["correct"] / len(dataset),
-        "pgd_accuracy": counts["correct_after_pgd"] / len(dataset),
-        "certified_accuracy": counts["certified"] / len(dataset),
-        "certified_accuracy_with_global_norms": counts["certified_with_global_norms"] / len(dataset),
+        "clean_accuracy": counts["correct"] / count,
+        "pgd_accuracy": counts["correct_after_pgd"] / count,
+        "certified_accuracy": counts["certified"] / count,
+        "certified_accuracy_with_global_norms": counts["certified_with_global_norms"] / count,
         "eps": eps,
-        "level": norm.level,
-        "norms": f"power iteration per example until the vector moves by <= {norm.tol:g}, at most {norm.max_iters}",
+        "level": certifier.level.name,
+        "delta": delta if level == "probabilistic" else None,
+        "rtol": rtol,
+        "triage": triage,
+        "dtype": np.dtype(certifier.level.dtype).name,
         "counts": counts,
-        "global_lipschitz": lipschitz,
-        "mean_local_lipschitz": float(found["lipschitz"].mean()),
-        "mean_local_to_global_ratio": float((found["lipschitz"] / lipschitz).mean()) if lipschitz > 0 else 1.0,
-        "live_share": [float(share) for share in found["live"].mean(axis=0)],
-        "power_iterations": [float(mean) for mean in found["num_iters"].mean(axis=0)],
-        "seconds": {"bounds": round(bounded - started, 2), "attack": round(finished - bounded, 2)},
+        "ledger": {
+            "starts_planned": ledger.planned,
+            "starts_drawn": ledger.starts,
+            "delta_per_start": _number(ledger.delta_per_start),
+            "products": ledger.products,
+            "largest_gap": _number(ledger.largest_gap),
+        },
+        "global_lipschitz": certifier.global_lipschitz,
+        **_local_figures(columns["lipschitz"][local], certifier.global_lipschitz, live[local], products[local]),
+        "seconds": watch.laps,
     }
     return Evaluation(columns, summary)
+
+
+def _local_figures(lipschitz: np.ndarray, whole: float, live: np.ndarray, products: np.ndarray) -> dict[str, Any]:
+    """Means over the examples that were bounded with their own norms."""
+    if not len(lipschitz):
+        return {}
+    return {
+        "mean_local_lipschitz": float(lipschitz.mean()),
+        "mean_local_to_global_ratio": float((lipschitz / whole).mean()) if whole > 0 else 1.0,
+        "live_share": live.mean(axis=0).tolist(),
+        "products_per_norm": products.mean(axis=0).tolist(),
+    }
 
 
 def certify(
@@ -118,6 +181,7 @@ def certify(
     batch_size: int | None = None,
     which: str = "best",
     output: pathlib.Path | None = None,
+    **options: Any,
 ) -> dict[str, Any]:
     """Certify a trained model of a run, print the table and write certificates and summary.
 
@@ -129,6 +193,7 @@ def certify(
         batch_size: examples per call; default the config's.
         which: ``"best"`` or ``"last"`` checkpoint.
         output: folder of the files; default the run's.
+        **options: ``level``, ``delta``, ``rtol`` and ``triage`` as of :func:`evaluate`.
 
     Returns:
         The summary, as in ``summary.json``.
@@ -147,7 +212,11 @@ def certify(
     model, facts = runs.restore_model(workdir, config, dataset, which)
     network = from_flax(model, dataset.images.shape[1:])
     chosen = dataset.take(slice(limit))
-    found = evaluate(network, chosen, eps, batch_size=batch_size or config.certify.batch_size, seed=config.seed)
+    size = batch_size or config.certify.batch_size
+    try:
+        found = evaluate(network, chosen, eps, batch_size=size, seed=config.seed, **options)
+    except ValueError as error:
+        raise InputError(str(error)) from None
     summary = {
         "dataset": config.data.name,
         "split": split,
@@ -172,50 +241,67 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in names}}
 
 
-def _bound(
-    network: Network, x: Array, label: Array, eps: float, norm: bounds.Estimate, sigmas: Array
-) -> dict[str, Array]:
-    """Certificates of a batch with local norms, and whether global norms certify the same."""
+class Stopwatch:
+    """Seconds between laps, by name."""
 
-    def one(x: Array, label: Array) -> tuple[Certificate, Certificate, bounds.Bounds]:
-        region = l2_ball(x, eps)
-        local = bounds.propagate(network, region, norm)
-        shared = bounds.propagate(network, region, bounds.Given(sigmas))
-        return certificate(network, local, label, norm.level), certificate(network, shared, label, norm.level), local
+    def __init__(self) -> None:
+        self.laps: dict[str, float] = {}
+        self.started = time.perf_counter()
 
-    local, shared, found = jax.vmap(one)(x, label)
-    return {
-        "prediction": local.prediction,
-        "worst_margin": local.worst_margin,
-        "lipschitz": local.lipschitz,
-        "certified": local.certified,
-        "certified_globally": shared.certified,
-        "live": jnp.stack([jnp.mean(live.reshape(live.shape[0], -1), axis=1) for live in found.live], axis=1),
-        "num_iters": jnp.stack(found.norm_results, axis=1),
-    }
+    def lap(self, name: str) -> None:
+        """The time since the last lap goes under this name."""
+        now = time.perf_counter()
+        self.laps[name], self.started = round(now - self.started, 2), now
 
 
-def _attack(network: Network, x: Array, label: Array, eps: float, key: Array, index: Array) -> Array:
-    """Whether PGD finds a wrong prediction, for each example of a batch; its start comes from its own index."""
-    keys = jax.vmap(lambda place: jax.random.fold_in(key, place))(index)
-    return jnp.argmax(network(pgd(network, x, label, eps, keys)), axis=1) != label
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """Some examples of a data set: inputs (B, ...) in [0, 1], labels (B,) and their places (B,)."""
+
+    x: Array
+    label: Array
+    index: Array
 
 
-def _in_batches(
-    function: Callable[[Array, Array, Array], dict[str, Array]], dataset: Dataset, batch_size: int, name: str
-) -> Columns:
-    """Apply a function of a batch to the whole data set; the short last batch is padded, and cut off again."""
-    parts: list[dict[str, np.ndarray]] = []
-    with tqdm(total=len(dataset), desc=name, unit=" images", disable=None, leave=False) as bar:
-        for places in _places(len(dataset), batch_size):
-            padded = np.resize(places, batch_size)
+def _cohorts(dataset: Dataset, places: np.ndarray, batch_size: int, name: str) -> Iterator[tuple[np.ndarray, Batch]]:
+    """The examples at some places in batches of one size, with a progress bar.
+
+    The last batch is filled up by repeating: yields the places without and the batch with the repetition.
+    """
+    size = max(1, min(batch_size, len(places)))
+    with tqdm(total=len(places), desc=name, unit=" images", disable=None, leave=False) as bar:
+        for start in range(0, len(places), size):
+            part = places[start : start + size]
+            padded = np.resize(part, size)
             x = dataset.images[padded].astype(np.float32) / dataset.scale
-            result = function(jnp.asarray(x), jnp.asarray(dataset.labels[padded]), jnp.asarray(padded))
-            parts.append({key: np.asarray(value)[: len(places)] for key, value in result.items()})
-            bar.update(len(places))
-    return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+            yield part, Batch(jnp.asarray(x), jnp.asarray(dataset.labels[padded]), jnp.asarray(padded))
+            bar.update(len(part))
 
 
-def _places(num_examples: int, batch_size: int) -> Iterator[np.ndarray]:
-    for start in range(0, num_examples, batch_size):
-        yield np.arange(start, min(start + batch_size, num_examples))
+def _broken(
+    network: Network, dataset: Dataset, places: np.ndarray, eps: float, key: Array, batch_size: int
+) -> np.ndarray:
+    """For which examples of the data set PGD finds a wrong prediction; False for those that are not attacked."""
+    broken = np.zeros(len(dataset), bool)
+    points = np.zeros((len(dataset), *dataset.images.shape[1:]), np.float32)
+    for round_ in range(ATTACK_ROUNDS):
+        left = places[~broken[places]]
+        for part, batch in _cohorts(dataset, left, batch_size, f"attack, round {round_ + 1} of {ATTACK_ROUNDS}"):
+            keys = jax.vmap(functools.partial(jax.random.fold_in, key))(batch.index)
+            start = jnp.asarray(points[np.asarray(batch.index)]) if round_ else None
+            found, wrong = _attack(network, batch.x, batch.label, eps, keys, start)
+            points[part], broken[part] = found[: len(part)], wrong[: len(part)]
+    return broken
+
+
+@jax.jit
+def _attack(
+    network: Network, x: Array, label: Array, eps: float, keys: Array, start: Array | None
+) -> tuple[Array, Array]:
+    """Some steps of PGD: the points, and whether their prediction is wrong."""
+    points = pgd(network, x, label, eps, keys, num_steps=ATTACK_STEPS, step_size=eps / 4, start=start)
+    return points, jnp.argmax(network(points), axis=1) != label
+
+
+def _number(value: float) -> float | None:
+    return None if math.isnan(value) else value

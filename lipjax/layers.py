@@ -40,8 +40,18 @@ class Affine:
         raise NotImplementedError
 
     def __call__(self, a: Array) -> Array:
-        """``W a + b``; the bias is per entry of the last axis."""
-        return self.linear(a) + self.bias.reshape((1,) * (len(self.out_shape) - 1) + (-1,))
+        """``W a + b``."""
+        return self.linear(a) + self.shift
+
+    @property
+    def shift(self) -> Array:
+        """The bias, which is per entry of the last axis, in a shape that broadcasts to the output."""
+        return self.bias.reshape((1,) * (len(self.out_shape) - 1) + (-1,))
+
+    @property
+    def terms(self) -> int:
+        """The most products that are summed up in one output, without the bias."""
+        return math.prod(self.kernel.shape[:-1])
 
     def linear(self, a: Array) -> Array:
         """``W a``."""

@@ -12,7 +12,10 @@ import numpy as np
 
 Row = dict[str, Any]
 # What a level is worth, said wherever it is printed.
-LEVELS = {"estimate": "norms estimated from below, no proof"}
+LEVELS = {
+    "estimate": "norms estimated from below, no proof",
+    "probabilistic": "norms bounded from above but for the probability delta",
+}
 
 
 def read_rows(workdir: pathlib.Path, before: int) -> list[Row]:
@@ -94,11 +97,12 @@ def print_table(summary: Row) -> None:
     print(f"{'accuracy':<12}{'fraction':>10}{'images':>10}   remark")
     for name, fraction, images, remark in rows:
         print(f"{name:<12}{fraction:>10.4f}{images:>10}   {remark}")
+    local = f"local {summary['mean_local_lipschitz']:.4g} on average, " if "mean_local_lipschitz" in summary else ""
     print(
-        f"Lipschitz constant of the feature map: local {summary['mean_local_lipschitz']:.4g} on average, "
-        f"global {summary['global_lipschitz']:.4g}; with global norms {counts['certified_with_global_norms']} are "
-        "certified"
+        f"Lipschitz constant of the feature map: {local}global {summary['global_lipschitz']:.4g}; with global norms "
+        f"{counts['certified_with_global_norms']} are certified"
     )
+    print("decided by: " + ", ".join(f"{stage} {number}" for stage, number in counts["decided"].items()))
     if counts["certified_but_attacked"]:
         print(
             f"WARNING: {counts['certified_but_attacked']} examples count as certified, but PGD broke them: "

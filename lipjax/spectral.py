@@ -112,7 +112,7 @@ def converged_norm(
         linear_map: W.
         vector: start on the input side of W.
         tol: when to stop.
-        max_iters: cap on the iterations.
+        max_iters: cap on the iterations, at least 1.
 
     Returns:
         ``(sigma, num_iters)``: the estimate and the iterations it took.
@@ -124,21 +124,32 @@ def converged_norm(
     Reference:
         [H21] appendix (power iteration to 1e-3, at most 2000 iterations).
     """
+    _, sigma, _, num_iters = iterate_until(linear_map, unit(vector), tol=tol, max_iters=max_iters)
+    return sigma, num_iters
 
-    def unfinished(carry: tuple[Array, Array, Array]) -> Array:
-        _, step, change = carry
+
+def iterate_until(linear_map: LinearMap, u: Array, *, tol: float, max_iters: int) -> tuple[Array, Array, Array, Array]:
+    """Power iteration from the unit vector u until it moves by at most ``tol``, or for ``max_iters`` iterations.
+
+    Returns:
+        ``(u, sigma, change, num_iters)``: the last vector, ``||W^T v||`` for the unit vector v along the image of the
+        vector before it, how far the last iteration moved it, and their number. Sigma alone carries a gradient.
+    """
+
+    def unfinished(carry: tuple[Array, Array, Array, Array]) -> Array:
+        _, _, change, step = carry
         return (step < max_iters) & (change > tol)
 
-    def iterate(carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        u, step, _ = carry
+    def iterate(carry: tuple[Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array]:
+        u, _, _, step = carry
         new = unit(linear_map.rmatvec(unit(linear_map.matvec(u))))
-        return new, step + 1, jnp.sqrt(jnp.sum((new - u) ** 2))
+        return new, u, jnp.sqrt(jnp.sum((new - u) ** 2)), step + 1
 
-    start = unit(lax.stop_gradient(vector))
-    far = jnp.full_like(start, jnp.inf, shape=())
-    u, num_iters, _ = lax.while_loop(unfinished, iterate, (start, jnp.int32(0), far))
-    sigma, _ = power_iteration(linear_map, u, 1)
-    return sigma, num_iters
+    u = lax.stop_gradient(u)
+    far = jnp.full_like(u, jnp.inf, shape=())
+    u, before, change, num_iters = lax.while_loop(unfinished, iterate, (u, u, far, jnp.int32(0)))
+    sigma, _ = power_iteration(linear_map, before, 1)
+    return u, sigma, change, num_iters
 
 
 def length(vector: Array) -> Array:

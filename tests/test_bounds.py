@@ -22,8 +22,6 @@ TIGHT = Estimate(jax.random.key(3), tol=1e-5, max_iters=3000)
 class Exact:
     """The norm of a layer by the SVD of its dense matrix: nothing of what a pass with it proves is an estimate."""
 
-    level = "exact"
-
     def __call__(self, place, linear_map):
         eye = jnp.eye(int(np.prod(linear_map.in_shape))).reshape(-1, *linear_map.in_shape)
         rows = jax.vmap(linear_map.matvec)(eye).reshape(len(eye), -1)
@@ -38,7 +36,12 @@ def bounds_of(network, x, eps):
 @jax.jit
 def estimates_of(network, x, eps):
     """Local and global constants with norms by power iteration."""
-    return lipjax.local_lipschitz(network, x, eps, TIGHT), lipjax.global_lipschitz(network, TIGHT)
+    return local_constants(network, x, eps, TIGHT), jnp.prod(lipjax.global_norms(network, TIGHT)[0])
+
+
+def local_constants(network, x, eps, norm):
+    """Local Lipschitz constants (B,) with norms of any kind."""
+    return jax.vmap(lambda one: propagate(network, l2_ball(one, eps), norm).lipschitz)(x)
 
 
 @jax.jit
@@ -284,7 +287,9 @@ def test_a_certified_example_keeps_its_prediction(network, seed, eps):
 
 @jax.jit
 def _certificates(network, bounds, label):
-    return jax.vmap(lambda bounds, label: certificate(network, bounds, label, "exact"))(bounds, label)
+    return jax.vmap(lambda bounds, label: certificate(network, bounds.features, bounds.lipschitz, label, "exact"))(
+        bounds, label
+    )
 
 
 # Parts of the region that are absent
@@ -354,10 +359,10 @@ def test_local_lipschitz_under_jit_vmap_and_per_example():
     assert together.shape == (3,)
     alone = [float(estimates_of(network, x[i : i + 1], 0.1)[0][0]) for i in range(3)]
     np.testing.assert_allclose(alone, together, rtol=1e-4)
-    over_eps = jax.jit(jax.vmap(lambda eps: lipjax.local_lipschitz(network, x, eps, Exact())))(jnp.array([0.0, 0.1]))
+    over_eps = jax.jit(jax.vmap(lambda eps: local_constants(network, x, eps, Exact())))(jnp.array([0.0, 0.1]))
     np.testing.assert_allclose(over_eps[1], together, rtol=1e-3)
     with jax.disable_jit():
-        slow = lipjax.local_lipschitz(network, x, 0.1, Exact())
+        slow = local_constants(network, x, 0.1, Exact())
     np.testing.assert_allclose(slow, together, rtol=1e-3)
 
 
@@ -367,7 +372,7 @@ def test_gradient_of_local_lipschitz_is_finite_nonzero_and_matches_differences(k
     x = oracles.random_inputs(network, 7, 2)
 
     def total(network):
-        return lipjax.local_lipschitz(network, x, 0.1, TIGHT).sum()
+        return local_constants(network, x, 0.1, TIGHT).sum()
 
     gradient = jax.jit(jax.grad(total))(network)
     assert all(np.isfinite(np.asarray(leaf)).all() for leaf in jax.tree.leaves(gradient))
@@ -416,9 +421,8 @@ def test_everything_dead_gives_zero_with_finite_gradients(kind, level):
 # What is never certified
 
 
-@jax.jit
 def certified(network, x, label, eps):
-    return certify(network, x, label, eps)
+    return certify(network, x, label, eps, key=jax.random.key(0))
 
 
 def _sure():
@@ -430,21 +434,16 @@ def _sure():
     return network, jnp.full((1, 3), 0.5)
 
 
-def test_a_sure_prediction_is_certified_with_level_estimate():
+@pytest.mark.parametrize("level", ["estimate", "probabilistic"])
+def test_a_sure_prediction_is_certified_and_names_its_level(level):
     network, x = _sure()
-    result = certified(network, x, jnp.array([0]), 0.1)
+    result = certify(network, x, jnp.array([0]), 0.1, level=level, key=jax.random.key(0))
     assert result.certified.tolist() == [True]
     assert result.prediction.tolist() == [0]
-    assert result.level == "estimate"
+    assert result.level == level
     # the drop of 2 (z1 + z2 + z3) over the ball of radius 0.1 under 0.1 x + 1 is 2 * 0.1 * 0.1 * sqrt 3
     assert float(result.worst_margin[0]) == pytest.approx(6 * 1.05 - 0.02 * np.sqrt(3), rel=1e-5)
     assert float(result.lipschitz[0]) == pytest.approx(0.1, rel=1e-4)
-
-
-def test_the_level_of_a_certificate_is_that_of_its_norm():
-    network, x = _sure()
-    norm = Given(jnp.array([0.1]), level="deterministic")
-    assert jax.jit(certify)(network, x, jnp.array([0]), 0.1, norm).level == "deterministic"
 
 
 def test_a_wrong_prediction_is_not_certified():
@@ -499,8 +498,8 @@ def test_nan_or_inf_in_the_weights_is_not_certified(bad, place):
 def test_nan_norms_are_not_certified():
     network, x = _sure()
     for sigma in (np.nan, np.inf):
-        norm = Given(jnp.array([sigma]))
-        assert jax.jit(certify)(network, x, jnp.array([0]), 0.1, norm).certified.tolist() == [False]
+        bounds = jax.vmap(lambda one, s=sigma: propagate(network, l2_ball(one, 0.1), Given(jnp.array([s]))))(x)
+        assert _certificates(network, bounds, jnp.array([0])).certified.tolist() == [False]
 
 
 def test_nan_bounds_keep_neurons_live():
@@ -517,8 +516,9 @@ def test_nan_bounds_keep_neurons_live():
 def test_an_input_that_is_no_batch_is_refused(shape):
     network, _ = _sure()
     for call in (
-        lambda x: certify(network, x, jnp.zeros(shape[:1], jnp.int32), 0.1),
-        lambda x: lipjax.local_lipschitz(network, x, 0.1),
+        lambda x: certify(network, x, jnp.zeros(shape[:1], jnp.int32), 0.1, key=jax.random.key(0)),
+        lambda x: lipjax.local_lipschitz(network, x, 0.1, key=jax.random.key(0)),
+        lambda x: lipjax.local_lipschitz(network, x, 0.1, level="estimate"),
     ):
         with pytest.raises(ValueError, match="expected a batch"):
             call(jnp.zeros(shape))
@@ -528,4 +528,4 @@ def test_an_input_that_is_no_batch_is_refused(shape):
 def test_labels_that_do_not_fit_are_refused(label):
     network, x = _sure()
     with pytest.raises(ValueError, match="expected 1 integers"):
-        certify(network, x, label, 0.1)
+        certify(network, x, label, 0.1, key=jax.random.key(0))

@@ -130,14 +130,14 @@ def test_certify_reads_the_run_and_writes_all_files(finished, tmp_path):
     printed, _ = process.communicate(timeout=300)
     assert process.returncode == 0, printed
     summary = json.loads((output / "summary.json").read_text())
-    columns = ["index", "label", "prediction", "worst_margin", "lipschitz", "certified", "attacked"]
+    columns = ["index", "label", "prediction", "worst_margin", "lipschitz", "certified", "attacked", "stage"]
     with (output / "certificates.csv").open() as file:
         lines = list(csv.reader(file))
     assert lines[0] == columns
     assert len(lines) == 31
     with np.load(output / "certificates.npz") as arrays:
         assert set(columns) <= set(arrays.files)
-        assert str(arrays["level"]) == summary["level"] == "estimate"
+        assert str(arrays["level"]) == summary["level"] == "probabilistic"
         certified, correct = arrays["certified"], arrays["prediction"] == arrays["label"]
         attacked, worst = arrays["attacked"], arrays["worst_margin"]
     assert summary["certified_accuracy"] == certified.mean()
@@ -146,8 +146,8 @@ def test_certify_reads_the_run_and_writes_all_files(finished, tmp_path):
     assert (certified == (correct & (worst > 0))).all()
     assert summary["eps"] == 0.1
     assert summary["counts"]["examples"] == 30
-    assert "level estimate: norms estimated from below, no proof" in printed
-    for key in ("checkpoint_step", "params_sha256", "versions", "seconds", "power_iterations", "live_share"):
+    assert "level probabilistic: norms bounded from above but for the probability delta" in printed
+    for key in ("checkpoint_step", "params_sha256", "versions", "seconds", "products_per_norm", "live_share"):
         assert summary[key]
 
 

@@ -13,7 +13,8 @@ MODULES = {path.stem: path for path in sorted(PACKAGE.glob("*.py"))}
 # A module imports only from modules before it.
 ORDER = [
     *("errors", "regions", "convolutions", "models", "data"),
-    *("layers", "networks", "spectral", "bounds", "margins", "certificates"),
+    *("layers", "networks", "spectral", "bounds", "margins", "certificates", "lanczos", "norms", "rounding"),
+    *("certifier", "robustness"),
     *("losses", "attacks", "schedules"),
     *("settings", "training", "sharding", "checkpoints", "reports", "runs", "evaluation", "commands"),
     "__init__",

@@ -1,0 +1,225 @@
+"""The certifier: bounds and certificates of many examples, layer by layer, so that converged norms leave the batch."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from lipjax import bounds, norms, rounding
+from lipjax.certificates import Certificate, certificate
+from lipjax.networks import Block, Network
+from lipjax.regions import Region, l2_ball
+
+LEVELS = ("probabilistic", "estimate")
+
+
+@dataclasses.dataclass
+class Ledger:
+    """What the norms of one certifier have cost, and how tight they came out.
+
+    Attributes:
+        planned: starts that delta was divided by.
+        starts: starts drawn.
+        delta_per_start: probability of failure of each, 0 where nothing is random, not a number for estimates.
+        products: products with a layer or its transpose, of one example.
+        largest_gap: the largest upper / lower - 1 of a norm, not a number for estimates.
+    """
+
+    planned: int
+    delta_per_start: float
+    starts: int = 0
+    products: int = 0
+    largest_gap: float = math.nan
+
+    def enter(self, found: norms.Norms) -> None:
+        """Count what was spent on some norms."""
+        self.starts += len(found.sigma)
+        self.products += int(found.products.sum())
+        self.largest_gap = float(np.fmax(self.largest_gap, np.max(found.gap)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+    """Bounds of N examples.
+
+    Attributes:
+        certificate: of each example.
+        live: share of varying neurons (N, blocks).
+        products: products that each norm took (N, blocks); zero where the norms were known.
+    """
+
+    certificate: Certificate
+    live: np.ndarray
+    products: np.ndarray
+
+
+class Certifier:
+    """Certifies many examples of one network, layer by layer, so that converged norms leave the batch.
+
+    The probability of failure ``delta`` is that of everything one certifier ever says: it is divided in advance by
+    the norms of the whole layers and by those of ``examples`` examples in ``rounds`` rounds, and no more are given out.
+
+    Args:
+        network: the classifier, with parameters of float32 or float64.
+        examples: how many examples there will be.
+        level: ``"probabilistic"`` or ``"estimate"``.
+        delta: total probability that any bound is wrong.
+        key: the starts are drawn from it; it must not depend on the examples or on the network.
+        rounds: how often each example may be bounded.
+        rtol: relative gap at which a norm is tight enough.
+
+    Raises:
+        ValueError: an option that cannot be used, named with its value.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        examples: int,
+        *,
+        level: str = "probabilistic",
+        delta: float = 1e-6,
+        key: Array | None = None,
+        rounds: int = 1,
+        rtol: float = 1e-3,
+    ) -> None:
+        self.level = level_of(network, examples, level, delta, key, rounds, rtol)
+        self.key = jax.random.key(0) if key is None else key
+        self.network = network
+        planned = len(network.blocks) * (1 + examples * rounds)
+        self.ledger = Ledger(planned, getattr(self.level, "delta", math.nan))
+        with self._precision():
+            self.network = jax.tree.map(lambda leaf: jnp.asarray(leaf, self.level.dtype), network)
+            self.sigmas = self._global_norms()
+            sound = self.level.dtype == np.float64
+            blocks = [block.affine for block in self.network.blocks]
+            self.absolute = [jax.jit(rounding.absolute_norm)(layer) if sound else None for layer in blocks]
+
+    @property
+    def global_lipschitz(self) -> float:
+        """Product of the norms of the whole layers of the feature map."""
+        return float(np.prod(self.sigmas))
+
+    def globally(self, x: Array, label: Array, eps: Array | float) -> Found:
+        """Certificates of a batch with the norms of the whole layers: no start is drawn, no iteration is made."""
+        return self._certify(x, label, eps, None)
+
+    def locally(self, x: Array, label: Array, eps: Array | float, index: Array, round_: int = 0) -> Found:
+        """Certificates of a batch with each example's own norms, or those of the whole layers where they are smaller.
+
+        Args:
+            x: inputs (B, ...) in [0, 1] pixels.
+            label: integers (B,).
+            eps: l2 radius, scalar or (B,).
+            index: place of each example among all of this certifier (B,); its starts are drawn by it.
+            round_: how often these examples have been bounded before.
+        """
+        keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.fold_in(self.key, 1 + round_)))(index)
+        return self._certify(x, label, eps, keys)
+
+    def _certify(self, x: Array, label: Array, eps: Array | float, keys: Array | None) -> Found:
+        with self._precision():
+            dtype = self.level.dtype
+            radius = jnp.broadcast_to(jnp.asarray(eps, dtype), np.shape(x)[:1])
+            region, error = _enter(jnp.asarray(x, dtype), radius)
+            lipschitz = jnp.ones_like(error)
+            live, products = [], []
+            for place, block in enumerate(self.network.blocks):
+                whole, absolute = self.sigmas[place], self.absolute[place]
+                before, rows, columns, error = _before(block, region, error, jnp.asarray(whole, dtype), absolute)
+                if keys is None:
+                    sigma, spent = np.full(len(rows), whole), np.zeros(len(rows), int)
+                else:
+                    found = self.level(place, block.affine, rows, columns, keys, whole)
+                    self.ledger.enter(found)
+                    sigma, spent = found.sigma, found.products
+                region, lipschitz, share = _after(block, before, jnp.asarray(sigma, dtype), lipschitz)
+                live.append(np.asarray(share))
+                products.append(spent)
+            found = _decide(self.network, region, lipschitz, jnp.asarray(label), error, self.level.name)
+            blocks = len(live)
+            table = (np.stack(live, axis=1), np.stack(products, axis=1)) if blocks else (np.zeros((len(x), 0)),) * 2
+            return Found(jax.tree.map(np.asarray, found), *table)
+
+    def _global_norms(self) -> np.ndarray:
+        found = []
+        for place, block in enumerate(self.network.blocks):
+            layer = block.affine
+            masks = jnp.ones((1, *layer.out_shape), bool), jnp.ones((1, *layer.in_shape), bool)
+            norm = self.level(place, layer, *masks, jax.random.fold_in(self.key, 0)[None], np.inf)
+            self.ledger.enter(norm)
+            found.append(norm.sigma[0])
+        return np.asarray(found, np.float64)
+
+    def _precision(self) -> contextlib.AbstractContextManager:
+        if self.level.dtype == np.float64:
+            return jax.enable_x64(True)
+        return contextlib.nullcontext()
+
+
+def level_of(
+    network: Network, examples: int, level: str, delta: float, key: Array | None, rounds: int, rtol: float
+) -> norms.Level:
+    """The level of a name, with its share of delta."""
+    if level == "estimate":
+        return norms.PowerIteration()
+    if level != "probabilistic":
+        raise ValueError(f"level={level!r} is not known; give one of {', '.join(LEVELS)}")
+    if not 0 < delta < 1:
+        raise ValueError(f"delta={delta} is no probability of failure; give a number between 0 and 1, such as 1e-6")
+    if key is None:
+        raise ValueError(
+            "key=None: the level 'probabilistic' draws random starts; give key=jax.random.key(seed) with a seed that "
+            "does not depend on the data"
+        )
+    if not rtol > 0:
+        raise ValueError(f"rtol={rtol} cannot be reached; give a relative gap more than 0, such as 1e-3")
+    starts = max(1, len(network.blocks) * (1 + examples * rounds))
+    return norms.Lanczos(delta / starts, rtol)
+
+
+@jax.jit
+def _enter(x: Array, eps: Array) -> tuple[Region, Array]:
+    return jax.vmap(l2_ball)(x, eps), jnp.zeros_like(eps)
+
+
+@jax.jit
+def _before(
+    block: Block, region: Region, error: Array, whole: Array, absolute: Array | None
+) -> tuple[Region, Array, Array, Array]:
+    """Regions before the activation, the rows and columns that matter, and the error of float32 inference so far."""
+
+    def one(region: Region, error: Array) -> tuple[Region, Array, Array, Array]:
+        entering = region.reshape(block.affine.in_shape)
+        before = bounds.preactivation(block.affine, entering)
+        if absolute is not None:
+            before = rounding.widen(before, block.affine, entering)
+            error = rounding.inference_error(error, block.affine, entering, whole, absolute)
+        return before, bounds.live_rows(block.activation, before), entering.live, error
+
+    return jax.vmap(one)(region, error)
+
+
+@jax.jit
+def _after(block: Block, before: Region, sigma: Array, lipschitz: Array) -> tuple[Region, Array, Array]:
+    region = jax.vmap(functools.partial(bounds.activate, block.activation))(before, sigma)
+    return region, lipschitz * sigma, jnp.mean(region.live.reshape(len(sigma), -1), axis=1)
+
+
+@functools.partial(jax.jit, static_argnames="level")
+def _decide(
+    network: Network, features: Region, lipschitz: Array, label: Array, error: Array, level: str
+) -> Certificate:
+    def one(features: Region, lipschitz: Array, label: Array, error: Array) -> Certificate:
+        features = features.reshape(network.head.in_shape)
+        errors = rounding.logit_errors(error, network.head, features) if error.dtype == jnp.float64 else 0.0
+        return certificate(network, features, lipschitz, label, level, errors)
+
+    return jax.vmap(one)(features, lipschitz, label, error)

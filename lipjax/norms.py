@@ -1,0 +1,220 @@
+"""Norms of a cohort: spectral norms of many masked copies of one layer; examples leave the batch as they converge.
+
+The three levels differ in what their norms are worth, and in nothing else; see docs/soundness.md.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from lipjax import lanczos, spectral
+from lipjax.bounds import linear_map
+from lipjax.layers import Affine
+
+BASIS_BYTES = 1 << 32  # memory for the Lanczos vectors of one batch on an accelerator
+CACHE_BYTES = 1 << 23  # on a CPU: what is orthogonalised against at a time stays in the cache
+CHUNK_ITERS = 32  # power iterations between two looks at who has converged
+FIRST_STEPS = 256  # capacity of the first attempt at a batch: few norms need more
+LEAVE = 1 / 8  # share of a batch that may be left for later, when it is iterated with others like it
+
+
+@dataclasses.dataclass(frozen=True)
+class Norms:
+    """Spectral norms of one layer under the masks of N examples, on the host.
+
+    Attributes:
+        sigma: the norms (N,).
+        products: products with W or its transpose that each took (N,).
+        gap: upper / lower - 1 (N,), not a number where there is no such pair of bounds.
+    """
+
+    sigma: np.ndarray
+    products: np.ndarray
+    gap: np.ndarray
+
+
+class Level(Protocol):
+    """How the norms of a certificate are found, and what they are worth."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def dtype(self) -> Any: ...
+
+    def __call__(self, place: int, layer: Affine, rows: Array, columns: Array, keys: Array, ceiling: float) -> Norms:
+        """Norms of ``I_rows W I_columns`` for masks (N, ...); each example's start is drawn from its own key (N,).
+
+        ``ceiling`` is an upper bound of all of them, infinite where none is known; no sigma is larger.
+        """
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class PowerIteration:
+    """Level ``estimate``: power iteration from a random start until the vector moves by at most ``tol``, float32.
+
+    Attributes:
+        tol: when to stop.
+        max_iters: cap on the iterations.
+        batch_size: examples that are iterated together.
+    """
+
+    tol: float = 1e-3
+    max_iters: int = 2000
+    batch_size: int = 128
+    name = "estimate"
+    dtype = np.float32
+
+    def __call__(self, place: int, layer: Affine, rows: Array, columns: Array, keys: Array, ceiling: float) -> Norms:
+        count = rows.shape[0]
+        state = _power_start(layer, rows, columns, keys, place)
+        unfinished = np.arange(count)
+        while unfinished.size:
+            for part in parts(unfinished, min(self.batch_size, count)):
+                state = _power_advance(layer, rows, columns, part, state, self.tol)
+            change, iterations = np.asarray(state[2]), np.asarray(state[3])
+            unfinished = np.flatnonzero((change > self.tol) & (iterations < self.max_iters))
+        sigma = np.asarray(state[1], np.float64)
+        return Norms(np.minimum(sigma, ceiling), 2 * np.asarray(state[3]), np.full(count, np.nan))
+
+
+@dataclasses.dataclass(frozen=True)
+class Lanczos:
+    """Level ``probabilistic``: upper bounds by the Lanczos process, float64; see :mod:`lipjax.lanczos`.
+
+    Attributes:
+        delta: probability of failure of ONE start.
+        rtol: stop where upper / lower - 1 is at most this.
+        max_steps: cap on the steps; a bound that is not tight by then is a bound all the same.
+        batch_size: the most examples that are iterated together.
+    """
+
+    delta: float
+    rtol: float = 1e-3
+    max_steps: int = 512
+    batch_size: int = 256
+    name = "probabilistic"
+    dtype = np.float64
+
+    def __call__(self, place: int, layer: Affine, rows: Array, columns: Array, keys: Array, ceiling: float) -> Norms:
+        count, length = rows.shape[0], min(math.prod(layer.in_shape), math.prod(layer.out_shape))
+        t_delta = lanczos.smallest_start(self.delta, length)
+        lower, upper, products = np.zeros(count), np.full(count, np.inf), np.zeros(count, int)
+        unfinished, steps = np.arange(count), min(FIRST_STEPS, self.max_steps)
+        while unfinished.size:
+            size = max(1, min(count, self.batch_size, _room(steps, length)))
+            last = steps >= min(self.max_steps, length)
+            for part in parts(unfinished, size):
+                found = _enclose(
+                    layer, rows, columns, keys, part, place, t_delta, ceiling, self.rtol, steps, 0 if last else LEAVE
+                )
+                # The same start gives the same process, only longer: the tighter bound counts.
+                lower[part] = np.maximum(lower[part], found.lower)
+                upper[part] = np.minimum(upper[part], found.upper)
+                products[part] += 2 * int(found.steps)
+            if last:
+                break
+            unfinished = unfinished[upper[unfinished] > lower[unfinished] * (1 + self.rtol)]
+            steps = min(2 * steps, self.max_steps)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            gap = np.where(upper == 0, 0.0, upper / lower - 1)
+        return Norms(upper, products, gap)
+
+
+def parts(places: np.ndarray, size: int) -> Iterator[np.ndarray]:
+    """Batches of one size; the last one is filled up by repeating its own places."""
+    for start in range(0, len(places), size):
+        yield np.resize(places[start : start + size], size)
+
+
+def _room(steps: int, length: int) -> int:
+    """How many examples of that many Lanczos vectors are best iterated together."""
+    if jax.default_backend() == "cpu":
+        return CACHE_BYTES // (8 * lanczos.CHUNK * length)
+    return BASIS_BYTES // (8 * steps * length)
+
+
+def _oriented(layer: Affine, rows: Array, columns: Array) -> spectral.LinearMap:
+    return linear_map(layer).masked(rows, columns).from_smaller_side()
+
+
+def _start(key: Array, place: Array | int, oriented: spectral.LinearMap) -> Array:
+    """A unit vector of uniform direction on the live coordinates of the start's side."""
+    start = jax.random.normal(jax.random.fold_in(key, place), oriented.in_shape, oriented.dtype)
+    kept = start if oriented.in_mask is None else jnp.where(oriented.in_mask, start, 0)
+    return spectral.unit(kept)
+
+
+@jax.jit
+def _power_start(layer: Affine, rows: Array, columns: Array, keys: Array, place: int) -> tuple[Array, ...]:
+    def one(rows: Array, columns: Array, key: Array) -> Array:
+        return _start(key, place, _oriented(layer, rows, columns))
+
+    vectors = jax.vmap(one)(rows, columns, keys)
+    count = rows.shape[0]
+    zeros = jnp.zeros((count,), vectors.dtype)
+    return vectors, zeros, jnp.full_like(zeros, jnp.inf), jnp.zeros((count,), jnp.int32)
+
+
+@functools.partial(jax.jit, donate_argnums=4)
+def _power_advance(
+    layer: Affine, rows: Array, columns: Array, part: Array, state: tuple[Array, ...], tol: float
+) -> tuple[Array, ...]:
+    """Some iterations more for the examples ``part`` of the cohort: the vectors, sigmas, changes and counts of all."""
+
+    def one(rows: Array, columns: Array, u: Array) -> tuple[Array, ...]:
+        return spectral.iterate_until(_oriented(layer, rows, columns), u, tol=tol, max_iters=CHUNK_ITERS)
+
+    vectors, sigmas, changes, counts = state
+    u, sigma, change, count = jax.vmap(one)(rows[part], columns[part], vectors[part])
+    return (
+        vectors.at[part].set(u),
+        sigmas.at[part].set(sigma),
+        changes.at[part].set(change),
+        counts.at[part].set(counts[part] + count),
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("steps", "leave"))
+def _enclose(
+    layer: Affine,
+    rows: Array,
+    columns: Array,
+    keys: Array,
+    part: Array,
+    place: int,
+    t_delta: float,
+    ceiling: float,
+    rtol: float,
+    steps: int,
+    leave: float,
+) -> lanczos.Enclosure:
+    """The Lanczos process of the examples ``part`` of the cohort."""
+    rows, columns, keys = rows[part], columns[part], keys[part]
+
+    def gram(rows: Array, columns: Array, u: Array) -> Array:
+        oriented = _oriented(layer, rows, columns)
+        return oriented.rmatvec(oriented.matvec(u.reshape(oriented.in_shape))).ravel()
+
+    def start(rows: Array, columns: Array, key: Array) -> Array:
+        return _start(key, place, _oriented(layer, rows, columns)).ravel()
+
+    return lanczos.enclose(
+        lambda u: jax.vmap(gram)(rows, columns, u),
+        jax.vmap(start)(rows, columns, keys),
+        t_delta,
+        ceiling,
+        rtol=rtol,
+        max_steps=steps,
+        leave=leave,
+    )

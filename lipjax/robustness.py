@@ -1,0 +1,145 @@
+"""Robustness: what one asks of a network, for batches: Lipschitz constants, certificates, radii."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from lipjax import bounds
+from lipjax.certificates import Certificate
+from lipjax.certifier import Certifier
+from lipjax.networks import Network
+from lipjax.regions import check_pixels, l2_ball
+
+
+def certify(
+    network: Network,
+    x: Array,
+    label: Array,
+    eps: Array | float,
+    *,
+    level: str = "probabilistic",
+    delta: float = 1e-6,
+    key: Array | None = None,
+    rtol: float = 1e-3,
+) -> Certificate:
+    """Bound the worst-case margins of a batch on its eps-balls.
+
+    Args:
+        network: the classifier.
+        x: inputs (B, ...) in [0, 1] pixels.
+        label: integers (B,).
+        eps: l2 radius, in pixels.
+        level: ``"probabilistic"`` or ``"estimate"``: what the spectral norms are worth.
+        delta: total probability that anything returned is wrong, for ``"probabilistic"``.
+        key: draws the random starts; not used for anything else, and independent of x and of the network.
+        rtol: relative gap at which a norm is tight enough.
+
+    Returns:
+        A certificate for each example. A tie, a wrong prediction and a NaN or infinity on the way are not certified.
+
+    Soundness:
+        See ``level``: with ``"probabilistic"`` all bounds hold together with a probability of at least 1 - delta over
+        the key, for exact and for float32 inference (docs/soundness.md); ``"estimate"`` is no proof.
+
+    Raises:
+        TypeError: x is traced, or no float32 or float64.
+        ValueError: x is not a batch of inputs of the network, the labels do not fit it, or an option cannot be used.
+    """
+    _check(network, x, eps)
+    if jnp.shape(label) != jnp.shape(x)[:1] or not jnp.issubdtype(jnp.result_type(label), jnp.integer):
+        raise ValueError(
+            f"label has shape {jnp.shape(label)} and type {jnp.result_type(label)}; expected {x.shape[0]} integers"
+        )
+    certifier = Certifier(network, len(x), level=level, delta=delta, key=key, rtol=rtol)
+    found = certifier.locally(x, label, eps, jnp.arange(len(x))).certificate
+    return dataclasses.replace(
+        found,
+        prediction=jnp.asarray(found.prediction),
+        worst_margin=_outward(found.worst_margin, -np.inf),
+        lipschitz=_outward(found.lipschitz, np.inf),
+        certified=jnp.asarray(found.certified),
+    )
+
+
+def local_lipschitz(network: Network, x: Array, eps: Array | float, **options: Any) -> Array:
+    """The local Lipschitz constant of the feature map (last dense layer excluded) on the eps-ball around each input.
+
+    The product of the norms of the layers with the rows and columns dropped whose neurons are constant on the ball:
+    ``||phi(x') - phi(x'')|| <= L ||x' - x''||`` for any two points of the ball [H21 Eq 6].
+
+    Args:
+        network: the classifier.
+        x: inputs (B, ...), in [0, 1] pixels.
+        eps: l2 radius of the balls, in pixels.
+        **options: ``level``, ``delta``, ``key`` and ``rtol`` as of :func:`certify`. With ``level="estimate"`` the
+            function may be traced (``jit``, ``vmap``, ``grad``).
+
+    Returns:
+        Shape (B,).
+
+    Soundness:
+        As of :func:`certify`.
+
+    Raises:
+        TypeError: x is traced at a level that is a bound, or no float32 or float64.
+        ValueError: x is not a batch of inputs of the network, or an option cannot be used.
+    """
+    bounds.check_batch(network, x)
+    if options.get("level") == "estimate":
+        key = options.get("key")
+        norm = bounds.Estimate(jax.random.key(0) if key is None else key)
+        return jax.vmap(lambda one: bounds.propagate(network, l2_ball(one, eps), norm).lipschitz)(x)
+    _check(network, x, eps)
+    label = jnp.zeros(len(x), jnp.int32)
+    certifier = Certifier(network, len(x), **options)
+    return _outward(certifier.locally(x, label, eps, jnp.arange(len(x))).certificate.lipschitz, np.inf)
+
+
+def global_lipschitz(network: Network, **options: Any) -> Array:
+    """The product of the norms of the whole layers up to the features: a constant for any two inputs.
+
+    Args:
+        network: the classifier.
+        **options: ``level``, ``delta``, ``key`` and ``rtol`` as of :func:`certify`.
+
+    Returns:
+        Scalar.
+
+    Soundness:
+        As of :func:`certify`.
+    """
+    if options.get("level") == "estimate":
+        key = options.get("key")
+        return jnp.prod(bounds.global_norms(network, bounds.Estimate(jax.random.key(0) if key is None else key))[0])
+    return _outward(np.float64(Certifier(network, 0, **options).global_lipschitz), np.inf)
+
+
+def _check(network: Network, x: Array, eps: Array | float) -> None:
+    """Raises unless x is a batch of pixels and eps one radius, both known."""
+    if isinstance(x, jax.core.Tracer) or isinstance(eps, jax.core.Tracer):
+        raise TypeError(
+            "certificates are computed outside of traced code; under jit, vmap or grad use lipjax.propagate, or "
+            "lipjax.local_lipschitz with level='estimate'"
+        )
+    bounds.check_batch(network, x)
+    check_pixels(x)
+    if np.ndim(eps):
+        raise ValueError(f"eps has shape {np.shape(eps)}; expected one radius for the whole batch")
+    if not eps >= 0 or math.isinf(eps):
+        raise ValueError(f"eps is {eps}; expected a finite radius of at least 0, in [0, 1] pixels")
+
+
+def _outward(values: np.ndarray, towards: float) -> Array:
+    """As float64, or as float32 rounded towards plus or minus infinity where 64 bits are not enabled."""
+    if jax.config.jax_enable_x64 or values.dtype == np.float32:
+        return jnp.asarray(values)
+    narrow = values.astype(np.float32)
+    inward = narrow < values if towards > 0 else narrow > values
+    return jnp.asarray(np.where(inward, np.nextafter(narrow, np.float32(towards)), narrow))

@@ -24,7 +24,7 @@ from lipjax.losses import cross_entropy, gloro, mixed, sparsity
 from lipjax.margins import box_and_ball, pairwise_lipschitz, worst_logits, worst_margin
 from lipjax.networks import Block, Network, from_flax
 from lipjax.regions import Region, l2_ball
-from lipjax.robustness import certify, global_lipschitz, local_lipschitz
+from lipjax.robustness import certified_radius, certify, global_lipschitz, local_lipschitz
 from lipjax.spectral import LinearMap, converged_norm, power_iteration
 
 __version__ = _version("lipjax")
@@ -47,6 +47,7 @@ __all__ = [
     "WarmStarted",
     "__version__",
     "box_and_ball",
+    "certified_radius",
     "certify",
     "converged_norm",
     "convolution",

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +15,11 @@ from jax import Array
 
 from lipjax import bounds, norms, rounding
 from lipjax.certificates import Certificate, certificate
+from lipjax.layers import Affine
 from lipjax.networks import Block, Network
 from lipjax.regions import Region, l2_ball
 
-LEVELS = ("probabilistic", "estimate")
+LEVELS = ("probabilistic", "deterministic", "estimate")
 
 
 @dataclasses.dataclass
@@ -38,9 +40,9 @@ class Ledger:
     products: int = 0
     largest_gap: float = math.nan
 
-    def enter(self, found: norms.Norms) -> None:
+    def enter(self, found: norms.Norms, starts: int) -> None:
         """Count what was spent on some norms."""
-        self.starts += len(found.sigma)
+        self.starts += starts
         self.products += int(found.products.sum())
         self.largest_gap = float(np.fmax(self.largest_gap, np.max(found.gap)))
 
@@ -51,11 +53,13 @@ class Found:
 
     Attributes:
         certificate: of each example.
+        sigmas: norms of the masked layers (N, blocks).
         live: share of varying neurons (N, blocks).
         products: products that each norm took (N, blocks); zero where the norms were known.
     """
 
     certificate: Certificate
+    sigmas: np.ndarray
     live: np.ndarray
     products: np.ndarray
 
@@ -69,7 +73,7 @@ class Certifier:
     Args:
         network: the classifier, with parameters of float32 or float64.
         examples: how many examples there will be.
-        level: ``"probabilistic"`` or ``"estimate"``.
+        level: ``"probabilistic"``, ``"deterministic"`` or ``"estimate"``.
         delta: total probability that any bound is wrong.
         key: the starts are drawn from it; it must not depend on the examples or on the network.
         rounds: how often each example may be bounded.
@@ -90,6 +94,7 @@ class Certifier:
         rounds: int = 1,
         rtol: float = 1e-3,
     ) -> None:
+        self.examples, self.rounds = examples, rounds
         self.level = level_of(network, examples, level, delta, key, rounds, rtol)
         self.key = jax.random.key(0) if key is None else key
         self.network = network
@@ -109,9 +114,22 @@ class Certifier:
 
     def globally(self, x: Array, label: Array, eps: Array | float) -> Found:
         """Certificates of a batch with the norms of the whole layers: no start is drawn, no iteration is made."""
-        return self._certify(x, label, eps, None)
 
-    def locally(self, x: Array, label: Array, eps: Array | float, index: Array, round_: int = 0) -> Found:
+        def known(place: int, layer: Affine, rows: Array, columns: Array) -> norms.Norms:
+            count = len(rows)
+            return norms.Norms(np.full(count, self.sigmas[place]), np.zeros(count, int), np.full(count, np.nan))
+
+        return self._certify(x, label, eps, known)
+
+    def locally(
+        self,
+        x: Array,
+        label: Array,
+        eps: Array | float,
+        index: Array,
+        round_: int = 0,
+        ceilings: np.ndarray | None = None,
+    ) -> Found:
         """Certificates of a batch with each example's own norms, or those of the whole layers where they are smaller.
 
         Args:
@@ -120,33 +138,52 @@ class Certifier:
             eps: l2 radius, scalar or (B,).
             index: place of each example among all of this certifier (B,); its starts are drawn by it.
             round_: how often these examples have been bounded before.
-        """
-        keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.fold_in(self.key, 1 + round_)))(index)
-        return self._certify(x, label, eps, keys)
+            ceilings: upper bounds of the norms (B, blocks) known already, as from a larger eps; default none.
 
-    def _certify(self, x: Array, label: Array, eps: Array | float, keys: Array | None) -> Found:
+        Raises:
+            ValueError: more examples or rounds than delta was divided by.
+        """
+        index = np.asarray(index)
+        if (index.size and index.max() >= self.examples) or round_ >= self.rounds:
+            raise ValueError(
+                f"example {index.max()} in round {round_} was not planned: delta was divided by {self.examples} "
+                f"examples and {self.rounds} rounds; make a Certifier for more"
+            )
+        keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.fold_in(self.key, 1 + round_)))(index)
+        known = np.broadcast_to(self.sigmas, (len(index), len(self.sigmas)))
+        ceilings = known if ceilings is None else np.minimum(known, ceilings)
+
+        def solve(place: int, layer: Affine, rows: Array, columns: Array) -> norms.Norms:
+            found = self.level(place, layer, rows, columns, keys, ceilings[:, place])
+            self.ledger.enter(found, len(np.unique(index)))
+            return found
+
+        return self._certify(x, label, eps, solve)
+
+    def _certify(
+        self,
+        x: Array,
+        label: Array,
+        eps: Array | float,
+        solve: Callable[[int, Affine, Array, Array], norms.Norms],
+    ) -> Found:
         with self._precision():
             dtype = self.level.dtype
             radius = jnp.broadcast_to(jnp.asarray(eps, dtype), np.shape(x)[:1])
             region, error = _enter(jnp.asarray(x, dtype), radius)
             lipschitz = jnp.ones_like(error)
-            live, products = [], []
+            live, solved = [], []
             for place, block in enumerate(self.network.blocks):
                 whole, absolute = self.sigmas[place], self.absolute[place]
                 before, rows, columns, error = _before(block, region, error, jnp.asarray(whole, dtype), absolute)
-                if keys is None:
-                    sigma, spent = np.full(len(rows), whole), np.zeros(len(rows), int)
-                else:
-                    found = self.level(place, block.affine, rows, columns, keys, whole)
-                    self.ledger.enter(found)
-                    sigma, spent = found.sigma, found.products
-                region, lipschitz, share = _after(block, before, jnp.asarray(sigma, dtype), lipschitz)
-                live.append(np.asarray(share))
-                products.append(spent)
+                solved.append(solve(place, block.affine, rows, columns))
+                sigma = jnp.asarray(solved[-1].sigma, dtype)
+                region, lipschitz, share = _after(block, before, sigma, lipschitz)
+                live.append(share)
             found = _decide(self.network, region, lipschitz, jnp.asarray(label), error, self.level.name)
-            blocks = len(live)
-            table = (np.stack(live, axis=1), np.stack(products, axis=1)) if blocks else (np.zeros((len(x), 0)),) * 2
-            return Found(jax.tree.map(np.asarray, found), *table)
+            sigmas, products = [norm.sigma for norm in solved], [norm.products for norm in solved]
+            tables = (np.asarray(table, np.float64).reshape(-1, len(x)).T for table in (sigmas, live, products))
+            return Found(jax.tree.map(np.asarray, found), *tables)
 
     def _global_norms(self) -> np.ndarray:
         found = []
@@ -154,7 +191,7 @@ class Certifier:
             layer = block.affine
             masks = jnp.ones((1, *layer.out_shape), bool), jnp.ones((1, *layer.in_shape), bool)
             norm = self.level(place, layer, *masks, jax.random.fold_in(self.key, 0)[None], np.inf)
-            self.ledger.enter(norm)
+            self.ledger.enter(norm, 1)
             found.append(norm.sigma[0])
         return np.asarray(found, np.float64)
 
@@ -170,6 +207,8 @@ def level_of(
     """The level of a name, with its share of delta."""
     if level == "estimate":
         return norms.PowerIteration()
+    if level == "deterministic":
+        return norms.Deterministic()
     if level != "probabilistic":
         raise ValueError(f"level={level!r} is not known; give one of {', '.join(LEVELS)}")
     if not 0 < delta < 1:

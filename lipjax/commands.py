@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-from lipjax import evaluation, runs, settings
+from lipjax import certification, runs, settings
 from lipjax.certifier import LEVELS
 from lipjax.errors import InputError
 
@@ -49,7 +49,7 @@ def train(parser: Parser, arguments: list[str]) -> None:
     workdir = options.workdir or runs.default_workdir(config, name)
     runs.train(config, workdir, resume=options.resume)
     if config.certify.limit:
-        evaluation.certify(workdir, limit=config.certify.limit)
+        certification.certify(workdir, limit=config.certify.limit)
     print(f"\nrun: {workdir}\nmore: python certify.py --workdir {workdir}")
 
 
@@ -66,8 +66,9 @@ def certify(parser: Parser, arguments: list[str]) -> None:
     parser.add_argument("--delta", type=float, default=1e-6, help="probability that ANY certificate is wrong")
     parser.add_argument("--rtol", type=float, default=1e-3, help="relative gap at which a norm is tight enough")
     parser.add_argument("--no-triage", action="store_true", help="attack and bound what is already decided as well")
+    parser.add_argument("--radius", action="store_true", help="find the certified radius of each image as well")
     options = parser.parse_args(arguments)
-    evaluation.certify(
+    certification.certify(
         options.workdir,
         eps=options.eps,
         split=options.split,
@@ -79,5 +80,6 @@ def certify(parser: Parser, arguments: list[str]) -> None:
         delta=options.delta,
         rtol=options.rtol,
         triage=not options.no_triage,
+        radius=options.radius,
     )
     print(f"\nfiles: {options.output or options.workdir}/certificates.npz, certificates.csv, summary.json")

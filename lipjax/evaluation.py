@@ -1,13 +1,10 @@
-"""Evaluation: clean, PGD and certified accuracy on a data set, example by example, and of a whole run, in files."""
+"""Evaluation: clean, PGD and certified accuracy on a data set, example by example."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib.metadata
 import math
-import pathlib
-import platform
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -18,18 +15,20 @@ import numpy as np
 from jax import Array
 from tqdm import tqdm
 
-from lipjax import reports, runs, settings
 from lipjax.attacks import pgd
 from lipjax.certifier import Certifier, Found
-from lipjax.data import Dataset, load
-from lipjax.errors import InputError
-from lipjax.networks import Network, from_flax
+from lipjax.data import Dataset
+from lipjax.networks import Network
+from lipjax.radius import certified_radii
 
 Columns = dict[str, np.ndarray]
 STAGES = ("prediction", "global", "attack", "local")
 
 
 ATTACK_STEPS, ATTACK_ROUNDS = 25, 4  # the paper's 100 steps; who is broken after a round leaves
+ATTACK_SHARES = (0.25, 0.5, 0.75, 1, 1.5, 2)  # of eps, where the PGD curve is measured
+CURVE_POINTS = 51
+RADIUS_ROUNDS = 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +56,7 @@ def evaluate(
     delta: float = 1e-6,
     rtol: float = 1e-3,
     triage: bool = True,
+    radius: bool = False,
 ) -> Evaluation:
     """Attack and certify every example.
 
@@ -75,6 +75,7 @@ def evaluate(
         rtol: relative gap at which a norm is tight enough.
         triage: leave out what an earlier stage has decided; without it every example goes through all stages, and
             the same ones are certified.
+        radius: find the certified radius of each example as well, and attack at multiples of eps.
 
     Returns:
         Columns and summary. ``attacked`` means that PGD found a wrong prediction in the ball.
@@ -85,7 +86,8 @@ def evaluate(
     norm_key, attack_key = jax.random.split(jax.random.key(seed))
     count = len(dataset)
     watch = Stopwatch()
-    certifier = Certifier(network, count, level=level, delta=delta, key=norm_key, rtol=rtol)
+    rounds = 1 + (RADIUS_ROUNDS if radius else 0)
+    certifier = Certifier(network, count, level=level, delta=delta, key=norm_key, rounds=rounds, rtol=rtol)
     blocks = len(network.blocks)
     columns: Columns = {
         "index": np.arange(count),
@@ -123,6 +125,15 @@ def evaluate(
     watch.lap("local")
 
     certified, attacked = columns["certified"], columns["attacked"]
+    curves: dict[str, Any] = {}
+    if radius:
+        columns["radius"] = _radii(certifier, dataset, np.flatnonzero(correct), certified, eps, batch_size)
+        watch.lap("radius")
+        curves["certified_accuracy_at"] = _certified_curve(columns["radius"])
+        curves["pgd_accuracy_at"] = _pgd_curve(
+            network, dataset, np.flatnonzero(correct), columns["attacked"], eps, attack_key, batch_size
+        )
+        watch.lap("pgd curve")
     counts = {
         "examples": count,
         "correct": int(correct.sum()),
@@ -155,6 +166,7 @@ def evaluate(
         },
         "global_lipschitz": certifier.global_lipschitz,
         **_local_figures(columns["lipschitz"][local], certifier.global_lipschitz, live[local], products[local]),
+        **curves,
         "seconds": watch.laps,
     }
     return Evaluation(columns, summary)
@@ -170,75 +182,6 @@ def _local_figures(lipschitz: np.ndarray, whole: float, live: np.ndarray, produc
         "live_share": live.mean(axis=0).tolist(),
         "products_per_norm": products.mean(axis=0).tolist(),
     }
-
-
-def certify(
-    workdir: pathlib.Path,
-    *,
-    eps: float | None = None,
-    split: str = "test",
-    limit: int | None = None,
-    batch_size: int | None = None,
-    which: str = "best",
-    output: pathlib.Path | None = None,
-    **options: Any,
-) -> dict[str, Any]:
-    """Certify a trained model of a run, print the table and write certificates and summary.
-
-    Args:
-        workdir: the run's folder.
-        eps: l2 radius; default the config's.
-        split: ``"test"`` or ``"train"``.
-        limit: only the first so many examples.
-        batch_size: examples per call; default the config's.
-        which: ``"best"`` or ``"last"`` checkpoint.
-        output: folder of the files; default the run's.
-        **options: ``level``, ``delta``, ``rtol`` and ``triage`` as of :func:`evaluate`.
-
-    Returns:
-        The summary, as in ``summary.json``.
-
-    Raises:
-        InputError: no run, no checkpoint, no data or a value that cannot be used.
-    """
-    config = settings.load(workdir)
-    eps = float(config.eps if eps is None else eps)
-    if not (math.isfinite(eps) and eps > 0):
-        raise InputError(f"--eps={eps} cannot be used; give a finite number more than 0, in [0, 1] pixels")
-    for name, value in (("--limit", limit), ("--batch-size", batch_size)):
-        if value is not None and value < 1:
-            raise InputError(f"{name}={value} cannot be used; give at least 1")
-    dataset = load(config.data.name, split, config.data.dir, config.data.cache)
-    model, facts = runs.restore_model(workdir, config, dataset, which)
-    network = from_flax(model, dataset.images.shape[1:])
-    chosen = dataset.take(slice(limit))
-    size = batch_size or config.certify.batch_size
-    try:
-        found = evaluate(network, chosen, eps, batch_size=size, seed=config.seed, **options)
-    except ValueError as error:
-        raise InputError(str(error)) from None
-    summary = {
-        "dataset": config.data.name,
-        "split": split,
-        **found.summary,
-        "checkpoint": facts["checkpoint"],
-        "checkpoint_step": facts["step"],
-        "checkpoint_epoch": facts["epoch"],
-        "params_sha256": facts["params_sha256"],
-        "method": config.method.name,
-        "seed": config.seed,
-        "device": jax.devices()[0].device_kind,
-        "versions": versions(),
-    }
-    reports.write_certificates(output or workdir, found.columns, summary)
-    reports.print_table(summary)
-    return summary
-
-
-def versions() -> dict[str, str]:
-    """Versions of what a result depends on."""
-    names = ("lipjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
-    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in names}}
 
 
 class Stopwatch:
@@ -266,9 +209,11 @@ class Batch:
 def _cohorts(dataset: Dataset, places: np.ndarray, batch_size: int, name: str) -> Iterator[tuple[np.ndarray, Batch]]:
     """The examples at some places in batches of one size, with a progress bar.
 
-    The last batch is filled up by repeating: yields the places without and the batch with the repetition.
+    The batches have one size, of at most ``batch_size``, and the last one is filled up by repeating: yields the places
+    without and the batch with the repetition.
     """
-    size = max(1, min(batch_size, len(places)))
+    cohorts = max(1, -(-len(places) // batch_size))
+    size = max(1, -(-len(places) // cohorts))
     with tqdm(total=len(places), desc=name, unit=" images", disable=None, leave=False) as bar:
         for start in range(0, len(places), size):
             part = places[start : start + size]
@@ -301,6 +246,59 @@ def _attack(
     """Some steps of PGD: the points, and whether their prediction is wrong."""
     points = pgd(network, x, label, eps, keys, num_steps=ATTACK_STEPS, step_size=eps / 4, start=start)
     return points, jnp.argmax(network(points), axis=1) != label
+
+
+def _radii(
+    certifier: Certifier, dataset: Dataset, places: np.ndarray, certified: np.ndarray, eps: float, batch_size: int
+) -> np.ndarray:
+    """Certified radii of all examples (N,); those at ``places`` are searched, from what is known at eps; others are 0.
+
+    An example that the test refused at eps, or that was attacked there, has a smaller radius.
+    """
+    radii = np.zeros(len(dataset))
+    low, high = np.where(certified, eps, 0.0), np.where(certified, np.inf, eps)
+    for part, batch in _cohorts(dataset, places, batch_size, "radii"):
+        index = np.asarray(batch.index)
+        found = certified_radii(
+            certifier,
+            np.asarray(batch.x),
+            np.asarray(batch.label),
+            index,
+            low=low[index],
+            high=high[index],
+            first_round=1,
+        )
+        radii[part] = found[: len(part)]
+    return radii
+
+
+def _certified_curve(radii: np.ndarray) -> list[list[float]]:
+    """Pairs of eps and the share of examples with at least that radius, up to the largest radius."""
+    grid = np.linspace(0, radii.max() if radii.max() > 0 else 1, CURVE_POINTS)
+    # At eps 0 it is the clean accuracy; beyond, a radius of 0 certifies nothing.
+    return [[float(eps), float(((radii >= eps) & (radii > 0)).mean())] for eps in grid]
+
+
+def _pgd_curve(
+    network: Network,
+    dataset: Dataset,
+    correct: np.ndarray,
+    attacked: np.ndarray,
+    eps: float,
+    key: Array,
+    batch_size: int,
+) -> list[list[float]]:
+    """Pairs of eps and PGD accuracy; an example that is broken at one eps is broken at every larger one."""
+    broken = np.zeros(len(dataset), bool)
+    curve = [[0.0, len(correct) / len(dataset)]]
+    for share in ATTACK_SHARES:
+        left = correct[~broken[correct]]
+        if share == 1:
+            broken |= attacked
+        else:
+            broken |= _broken(network, dataset, left, share * eps, key, batch_size)
+        curve.append([share * eps, float((~broken[correct]).sum() / len(dataset))])
+    return curve
 
 
 def _number(value: float) -> float | None:

@@ -16,9 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from lipjax import lanczos, spectral
+from lipjax import deterministic, lanczos, spectral
 from lipjax.bounds import linear_map
-from lipjax.layers import Affine
+from lipjax.layers import Affine, Conv
 
 BASIS_BYTES = 1 << 32  # memory for the Lanczos vectors of one batch on an accelerator
 CACHE_BYTES = 1 << 23  # on a CPU: what is orthogonalised against at a time stays in the cache
@@ -51,10 +51,10 @@ class Level(Protocol):
     @property
     def dtype(self) -> Any: ...
 
-    def __call__(self, place: int, layer: Affine, rows: Array, columns: Array, keys: Array, ceiling: float) -> Norms:
+    def __call__(self, place: int, layer: Affine, rows: Array, columns: Array, keys: Array, ceiling: Any) -> Norms:
         """Norms of ``I_rows W I_columns`` for masks (N, ...); each example's start is drawn from its own key (N,).
 
-        ``ceiling`` is an upper bound of all of them, infinite where none is known; no sigma is larger.
+        ``ceiling`` (scalar or (N,)) are upper bounds known already, infinite where there is none; no sigma is larger.
         """
         ...
 
@@ -75,7 +75,7 @@ class PowerIteration:
     name = "estimate"
     dtype = np.float32
 
-    def __call__(self, place: int, layer: Affine, rows: Array, columns: Array, keys: Array, ceiling: float) -> Norms:
+    def __call__(self, place: int, layer: Affine, rows: Array, columns: Array, keys: Array, ceiling: Any) -> Norms:
         count = rows.shape[0]
         state = _power_start(layer, rows, columns, keys, place)
         unfinished = np.arange(count)
@@ -106,10 +106,11 @@ class Lanczos:
     name = "probabilistic"
     dtype = np.float64
 
-    def __call__(self, place: int, layer: Affine, rows: Array, columns: Array, keys: Array, ceiling: float) -> Norms:
+    def __call__(self, place: int, layer: Affine, rows: Array, columns: Array, keys: Array, ceiling: Any) -> Norms:
         count, length = rows.shape[0], min(math.prod(layer.in_shape), math.prod(layer.out_shape))
         t_delta = lanczos.smallest_start(self.delta, length)
-        lower, upper, products = np.zeros(count), np.full(count, np.inf), np.zeros(count, int)
+        lower, upper, products = np.zeros(count), np.array(np.broadcast_to(ceiling, count)), np.zeros(count, int)
+        ceiling = upper.copy()
         unfinished, steps = np.arange(count), min(FIRST_STEPS, self.max_steps)
         while unfinished.size:
             size = max(1, min(count, self.batch_size, _room(steps, length)))
@@ -129,6 +130,32 @@ class Lanczos:
         with np.errstate(invalid="ignore", divide="ignore"):
             gap = np.where(upper == 0, 0.0, upper / lower - 1)
         return Norms(upper, products, gap)
+
+
+@dataclasses.dataclass(frozen=True)
+class Deterministic:
+    """Level ``deterministic``: upper bounds without chance, float64; see :mod:`lipjax.deterministic`.
+
+    Layers whose smaller side has at most ``small`` entries get the eigenvalues of their Gram matrix. Of larger ones
+    the least of the Schur test of what is left and of the circulant bound of the whole convolution is taken.
+
+    Attributes:
+        small: the largest side that a Gram matrix is made of.
+    """
+
+    small: int = 2048
+    name = "deterministic"
+    dtype = np.float64
+
+    def __call__(self, place: int, layer: Affine, rows: Array, columns: Array, keys: Array, ceiling: Any) -> Norms:
+        length = min(math.prod(layer.in_shape), math.prod(layer.out_shape))
+        bound = _gram_norms if length <= self.small else _schur_norms
+        sigma = np.asarray(bound(layer, rows, columns))
+        if length > self.small and isinstance(layer, Conv) and np.isinf(ceiling).all():
+            ceiling = deterministic.circulant_norm(layer)
+        # Infinite where anything was not finite: a comparison with NaN would hide it.
+        sigma = np.where(np.isfinite(sigma), np.minimum(sigma, ceiling), np.inf)
+        return Norms(sigma, np.full(len(sigma), 2 * length if length <= self.small else 2), np.full(len(sigma), np.nan))
 
 
 def parts(places: np.ndarray, size: int) -> Iterator[np.ndarray]:
@@ -194,13 +221,13 @@ def _enclose(
     part: Array,
     place: int,
     t_delta: float,
-    ceiling: float,
+    ceiling: Array,
     rtol: float,
     steps: int,
     leave: float,
 ) -> lanczos.Enclosure:
     """The Lanczos process of the examples ``part`` of the cohort."""
-    rows, columns, keys = rows[part], columns[part], keys[part]
+    rows, columns, keys, ceiling = rows[part], columns[part], keys[part], ceiling[part]
 
     def gram(rows: Array, columns: Array, u: Array) -> Array:
         oriented = _oriented(layer, rows, columns)
@@ -218,3 +245,16 @@ def _enclose(
         max_steps=steps,
         leave=leave,
     )
+
+
+@jax.jit
+def _gram_norms(layer: Affine, rows: Array, columns: Array) -> Array:
+    def one(masks: tuple[Array, Array]) -> Array:
+        return deterministic.gram_norm(_oriented(layer, *masks), max(layer.terms, math.prod(layer.out_shape)))
+
+    return jax.lax.map(one, (rows, columns))  # one Gram matrix at a time: they are large
+
+
+@jax.jit
+def _schur_norms(layer: Affine, rows: Array, columns: Array) -> Array:
+    return jax.vmap(functools.partial(deterministic.schur_norm, layer))(rows, columns)

@@ -15,6 +15,7 @@ Row = dict[str, Any]
 LEVELS = {
     "estimate": "norms estimated from below, no proof",
     "probabilistic": "norms bounded from above but for the probability delta",
+    "deterministic": "norms bounded from above",
 }
 
 

@@ -15,6 +15,7 @@ from lipjax import bounds
 from lipjax.certificates import Certificate
 from lipjax.certifier import Certifier
 from lipjax.networks import Network
+from lipjax.radius import certified_radii
 from lipjax.regions import check_pixels, l2_ball
 
 
@@ -36,7 +37,7 @@ def certify(
         x: inputs (B, ...) in [0, 1] pixels.
         label: integers (B,).
         eps: l2 radius, in pixels.
-        level: ``"probabilistic"`` or ``"estimate"``: what the spectral norms are worth.
+        level: ``"probabilistic"``, ``"deterministic"`` or ``"estimate"``: what the spectral norms are worth.
         delta: total probability that anything returned is wrong, for ``"probabilistic"``.
         key: draws the random starts; not used for anything else, and independent of x and of the network.
         rtol: relative gap at which a norm is tight enough.
@@ -46,17 +47,15 @@ def certify(
 
     Soundness:
         See ``level``: with ``"probabilistic"`` all bounds hold together with a probability of at least 1 - delta over
-        the key, for exact and for float32 inference (docs/soundness.md); ``"estimate"`` is no proof.
+        the key, with ``"deterministic"`` always, for exact and for float32 inference (docs/soundness.md);
+        ``"estimate"`` is no proof.
 
     Raises:
         TypeError: x is traced, or no float32 or float64.
         ValueError: x is not a batch of inputs of the network, the labels do not fit it, or an option cannot be used.
     """
     _check(network, x, eps)
-    if jnp.shape(label) != jnp.shape(x)[:1] or not jnp.issubdtype(jnp.result_type(label), jnp.integer):
-        raise ValueError(
-            f"label has shape {jnp.shape(label)} and type {jnp.result_type(label)}; expected {x.shape[0]} integers"
-        )
+    _check_labels(network, x, label)
     certifier = Certifier(network, len(x), level=level, delta=delta, key=key, rtol=rtol)
     found = certifier.locally(x, label, eps, jnp.arange(len(x))).certificate
     return dataclasses.replace(
@@ -66,6 +65,50 @@ def certify(
         lipschitz=_outward(found.lipschitz, np.inf),
         certified=jnp.asarray(found.certified),
     )
+
+
+def certified_radius(
+    network: Network,
+    x: Array,
+    label: Array,
+    *,
+    max_eps: float | None = None,
+    tol: float = 1e-3,
+    max_rounds: int = 20,
+    **options: Any,
+) -> Array:
+    """The largest eps of each example that passed the test of :func:`certify` in a bisection.
+
+    The search starts at the radius that the global norms certify, doubles until the test refuses, and halves the
+    interval that is left. A certificate at one radius is one at every smaller radius.
+
+    Args:
+        network: the classifier.
+        x: inputs (B, ...) in [0, 1] pixels.
+        label: integers (B,).
+        max_eps: no larger radius is tried; default the diameter of the pixel range.
+        tol: width of the last interval, in pixels.
+        max_rounds: tests per example; delta is divided by them in advance.
+        **options: ``level``, ``delta``, ``key`` and ``rtol`` as of :func:`certify`.
+
+    Returns:
+        Shape (B,): 0 where the prediction is not the label, or nothing passed.
+
+    Soundness:
+        As of :func:`certify`, for all examples and rounds together.
+
+    Raises:
+        TypeError: x is traced, or no float32 or float64.
+        ValueError: as of :func:`certify`, or max_eps, tol or max_rounds is not more than 0.
+    """
+    _check(network, x, 0.0)
+    _check_labels(network, x, label)
+    for name, value in (("max_eps", max_eps), ("tol", tol), ("max_rounds", max_rounds)):
+        if value is not None and not value > 0:
+            raise ValueError(f"{name}={value} cannot be used; give a number more than 0")
+    certifier = Certifier(network, len(x), rounds=max_rounds, **options)
+    batch = (np.asarray(x), np.asarray(label), np.arange(len(x)))
+    return _outward(certified_radii(certifier, *batch, max_eps=max_eps, tol=tol), -np.inf)
 
 
 def local_lipschitz(network: Network, x: Array, eps: Array | float, **options: Any) -> Array:
@@ -122,7 +165,7 @@ def global_lipschitz(network: Network, **options: Any) -> Array:
 
 
 def _check(network: Network, x: Array, eps: Array | float) -> None:
-    """Raises unless x is a batch of pixels and eps one radius, both known."""
+    """Raises unless x is a batch of pixels and eps one radius, both known and finite."""
     if isinstance(x, jax.core.Tracer) or isinstance(eps, jax.core.Tracer):
         raise TypeError(
             "certificates are computed outside of traced code; under jit, vmap or grad use lipjax.propagate, or "
@@ -130,10 +173,29 @@ def _check(network: Network, x: Array, eps: Array | float) -> None:
         )
     bounds.check_batch(network, x)
     check_pixels(x)
+    if not len(x):
+        raise ValueError("x is an empty batch; expected at least one input")
     if np.ndim(eps):
         raise ValueError(f"eps has shape {np.shape(eps)}; expected one radius for the whole batch")
     if not eps >= 0 or math.isinf(eps):
         raise ValueError(f"eps is {eps}; expected a finite radius of at least 0, in [0, 1] pixels")
+    wrong = ~np.isfinite(np.asarray(x)).reshape(len(x), -1).all(axis=1)
+    if wrong.any():
+        raise ValueError(f"x[{np.flatnonzero(wrong)[0]}] holds NaN or infinity; expected pixels in [0, 1]")
+
+
+def _check_labels(network: Network, x: Array, label: Array) -> None:
+    """Raises unless the labels are classes of the network, one per input."""
+    if np.shape(label) != np.shape(x)[:1] or not jnp.issubdtype(jnp.result_type(label), jnp.integer):
+        raise ValueError(
+            f"label has shape {np.shape(label)} and type {jnp.result_type(label)}; expected {len(x)} integers"
+        )
+    outside = (np.asarray(label) < 0) | (np.asarray(label) >= network.num_classes)
+    if outside.any():
+        raise ValueError(
+            f"label[{np.flatnonzero(outside)[0]}] is {np.asarray(label)[outside][0]}; expected classes from 0 to "
+            f"{network.num_classes - 1}"
+        )
 
 
 def _outward(values: np.ndarray, towards: float) -> Array:

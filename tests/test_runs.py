@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 
-from lipjax import data, evaluation, networks, reports, runs, settings
+from lipjax import certification, data, networks, reports, runs, settings
 
 ROOT = pathlib.Path(__file__).parents[1]
 SHRUNK = [
@@ -154,7 +154,7 @@ def test_certify_reads_the_run_and_writes_all_files(finished, tmp_path):
 def test_results_do_not_depend_on_the_batch_size(finished, tmp_path):
     workdir, _ = finished
     found = [
-        evaluation.certify(workdir, limit=11, batch_size=size, output=tmp_path / str(size))["counts"]
+        certification.certify(workdir, limit=11, batch_size=size, output=tmp_path / str(size))["counts"]
         for size in (11, 4)
     ]
     assert found[0] == found[1]
@@ -214,14 +214,14 @@ def test_other_methods_lower_their_loss(method, tmp_path):
 
 def test_eps_is_the_exact_fraction_and_not_three_digits_of_it(finished, tmp_path, capsys):
     workdir, _ = finished
-    evaluation.certify(workdir, eps=36 / 255, limit=5, output=tmp_path)
+    certification.certify(workdir, eps=36 / 255, limit=5, output=tmp_path)
     assert json.loads((tmp_path / "summary.json").read_text())["eps"] == 36 / 255 != 0.141
     assert "eps 0.141176" in capsys.readouterr().out
 
 
 def test_the_shipped_digits_run_is_read_at_once(tmp_path):
     shipped = ROOT / "results" / "digits"
-    found = evaluation.certify(shipped, limit=20, output=tmp_path)
+    found = certification.certify(shipped, limit=20, output=tmp_path)
     stated = json.loads((shipped / "summary.json").read_text())
     assert found["params_sha256"] == stated["params_sha256"]
     assert stated["certified_accuracy"] > 0.55

@@ -1,0 +1,86 @@
+"""Certification of a run: from its folder to a table, certificates and a summary in files."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import math
+import pathlib
+import platform
+from typing import Any
+
+import jax
+
+from lipjax import reports, runs, settings
+from lipjax.data import load
+from lipjax.errors import InputError
+from lipjax.evaluation import evaluate
+from lipjax.networks import from_flax
+
+
+def certify(
+    workdir: pathlib.Path,
+    *,
+    eps: float | None = None,
+    split: str = "test",
+    limit: int | None = None,
+    batch_size: int | None = None,
+    which: str = "best",
+    output: pathlib.Path | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Certify a trained model of a run, print the table and write certificates and summary.
+
+    Args:
+        workdir: the run's folder.
+        eps: l2 radius; default the config's.
+        split: ``"test"`` or ``"train"``.
+        limit: only the first so many examples.
+        batch_size: examples per call; default the config's.
+        which: ``"best"`` or ``"last"`` checkpoint.
+        output: folder of the files; default the run's.
+        **options: ``level``, ``delta``, ``rtol``, ``triage`` and ``radius`` as of :func:`lipjax.evaluation.evaluate`.
+
+    Returns:
+        The summary, as in ``summary.json``.
+
+    Raises:
+        InputError: no run, no checkpoint, no data or a value that cannot be used.
+    """
+    config = settings.load(workdir)
+    eps = float(config.eps if eps is None else eps)
+    if not (math.isfinite(eps) and eps > 0):
+        raise InputError(f"--eps={eps} cannot be used; give a finite number more than 0, in [0, 1] pixels")
+    for name, value in (("--limit", limit), ("--batch-size", batch_size)):
+        if value is not None and value < 1:
+            raise InputError(f"{name}={value} cannot be used; give at least 1")
+    dataset = load(config.data.name, split, config.data.dir, config.data.cache)
+    model, facts = runs.restore_model(workdir, config, dataset, which)
+    network = from_flax(model, dataset.images.shape[1:])
+    chosen = dataset.take(slice(limit))
+    size = batch_size or config.certify.batch_size
+    try:
+        found = evaluate(network, chosen, eps, batch_size=size, seed=config.seed, **options)
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    summary = {
+        "dataset": config.data.name,
+        "split": split,
+        **found.summary,
+        "checkpoint": facts["checkpoint"],
+        "checkpoint_step": facts["step"],
+        "checkpoint_epoch": facts["epoch"],
+        "params_sha256": facts["params_sha256"],
+        "method": config.method.name,
+        "seed": config.seed,
+        "device": jax.devices()[0].device_kind,
+        "versions": versions(),
+    }
+    reports.write_certificates(output or workdir, found.columns, summary)
+    reports.print_table(summary)
+    return summary
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a result depends on."""
+    names = ("lipjax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in names}}

@@ -1,0 +1,122 @@
+"""Certified radii: the largest eps of each example that passed a sound test."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+
+from lipjax.certifier import Certifier
+
+# A test takes radii (N,), the places among N that are asked for, and the round; it says which of those pass.
+Test = Callable[[np.ndarray, np.ndarray, int], np.ndarray]
+GLOBAL_ROUNDS = 12  # tests with global norms, which draw no starts
+
+
+def largest_passing(
+    test: Test, low: np.ndarray, high: np.ndarray, start: np.ndarray, *, max_eps: float, tol: float, rounds: range
+) -> np.ndarray:
+    """Doubling until refused, then bisection, for many examples at once.
+
+    Args:
+        test: see :data:`Test`.
+        low: the largest radius known to pass (N,).
+        high: the least radius known to be refused (N,), infinite where there is none.
+        start: the first radius to try (N,) where ``low`` is 0.
+        max_eps: no larger radius is tried.
+        tol: stop when the interval between the largest that passed and the least that was refused is at most this.
+        rounds: one test per example each.
+
+    Returns:
+        The largest radius of each example that PASSED (N,), never a midpoint.
+    """
+    passed, refused = low.copy(), high.copy()
+    for round_ in rounds:
+        places = np.flatnonzero((refused - passed > tol) & (passed < max_eps))
+        if not places.size:
+            break
+        growing = np.where(passed > 0, 2 * passed, start)
+        eps = np.minimum(np.where(np.isinf(refused), growing, (passed + refused) / 2), max_eps)
+        ok = test(eps, places, round_)
+        passed[places[ok]], refused[places[~ok]] = eps[places[ok]], eps[places[~ok]]
+    return passed
+
+
+def certified_radii(
+    certifier: Certifier,
+    x: np.ndarray,
+    label: np.ndarray,
+    index: np.ndarray,
+    *,
+    low: np.ndarray | None = None,
+    high: np.ndarray | None = None,
+    max_eps: float | None = None,
+    tol: float = 1e-3,
+    first_round: int = 0,
+) -> np.ndarray:
+    """The certified radii of a batch.
+
+    The search begins at the radius that the global norms certify, which costs no start. Each round of an example draws
+    fresh starts; a norm at a smaller eps is at most that at a larger one, so the least found so far is kept.
+
+    Args:
+        certifier: one that was made for at least this many examples, with the rounds that may be used.
+        x: inputs (B, ...) in [0, 1] pixels.
+        label: integers (B,).
+        index: places of the examples among all of the certifier (B,).
+        low: radii known to pass (B,); default 0.
+        high: radii known to be refused (B,); default infinite. Wrong predictions need no mention.
+        max_eps: no larger radius is tried; default the diameter of the pixel range [0, 1]^d.
+        tol: absolute, in pixels.
+        first_round: rounds of the certifier that these examples have used before.
+
+    Returns:
+        Radii (B,) in float64; 0 for a wrong prediction, and where nothing passed.
+    """
+    count = len(x)
+    max_eps = math.sqrt(x[0].size) if max_eps is None else max_eps
+    clean = certifier.globally(x, label, 0.0).certificate
+    low = np.zeros(count) if low is None else low
+    high = np.where(clean.prediction == label, np.inf if high is None else high, 0.0)
+    slope = _steepest(certifier, label)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        guess = np.where(slope > 0, clean.worst_margin / np.where(slope > 0, slope, 1), np.inf)
+    guess = np.clip(np.where(np.isfinite(guess), guess, max_eps), tol, max_eps)
+
+    def with_global_norms(eps: np.ndarray, places: np.ndarray, _: int) -> np.ndarray:
+        return certifier.globally(x, label, eps).certificate.certified[places]
+
+    limits = {"max_eps": max_eps, "tol": tol}
+    low = largest_passing(with_global_norms, low, high, guess, **limits, rounds=range(GLOBAL_ROUNDS))
+    # Norms found at a refused radius, and with them at every smaller one.
+    ceilings = np.full((count, len(certifier.sigmas)), np.inf)
+    known = np.full(count, np.inf)
+
+    def with_local_norms(eps: np.ndarray, places: np.ndarray, round_: int) -> np.ndarray:
+        asked = np.resize(places, _padded(len(places), count))
+        nested = np.where((eps <= known)[:, None], ceilings, np.inf)
+        found = certifier.locally(x[asked], label[asked], eps[asked], index[asked], round_, nested[asked])
+        smaller = eps[asked] <= known[asked]
+        ok = found.certificate.certified[: len(places)]
+        refused = places[~ok & smaller[: len(places)]]
+        ceilings[refused] = found.sigmas[: len(places)][~ok & smaller[: len(places)]]
+        known[refused] = eps[refused]
+        return ok
+
+    rounds = range(first_round, certifier.rounds)
+    return largest_passing(with_local_norms, low, high, guess, **limits, rounds=rounds)
+
+
+def _steepest(certifier: Certifier, label: np.ndarray) -> np.ndarray:
+    """An upper bound of how fast any margin of each label can fall, by the global constant."""
+    rows = np.asarray(certifier.network.head.kernel).T
+    distances = np.linalg.norm(rows[:, None] - rows[None], axis=-1)
+    return certifier.global_lipschitz * distances.max(axis=1)[label]
+
+
+def _padded(count: int, whole: int) -> int:
+    """A size of few: the whole, or a half, a quarter, ... of it, so that few sizes are compiled."""
+    while whole > 1 and -(-whole // 2) >= count:
+        whole = -(-whole // 2)
+    return whole

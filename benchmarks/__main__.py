@@ -18,7 +18,7 @@ import optax
 from flax import nnx
 from jax import lax
 
-from lipjax import bounds, layers, losses, margins, models, networks, spectral, training
+from lipjax import bounds, layers, losses, margins, models, reading, spectral, training
 from lipjax.regions import l2_ball
 
 EPS, EXAMPLES = 1.58, 512
@@ -43,7 +43,7 @@ def step_parts(architecture: str, shape: tuple, batch_size: int, num_iters: int,
     """
     model = models.classifier(architecture, "clipped_relu", shape, 10, rngs=nnx.Rngs(0))
     graphdef, params = nnx.split(model, nnx.Param)
-    network = networks.from_flax(model, shape)
+    network = reading.from_flax(model, shape)
     vectors = jax.jit(training.initial_vectors)(network, jax.random.key(0))
     method = _method(num_iters)
     state, data, batch = _state(method, params, vectors, shape, batch_size)

@@ -19,10 +19,12 @@ from lipjax.bounds import (
 )
 from lipjax.certificates import Certificate
 from lipjax.certifier import Certifier
-from lipjax.layers import ClippedReLU, Conv, Dense, Identity, ReLU, convolution, dense
+from lipjax.layers import ClippedReLU, Conv, Dense, Identity, MaxMin, MaxPool, ReLU, Scale, convolution, dense
 from lipjax.losses import cross_entropy, gloro, mixed, sparsity
 from lipjax.margins import box_and_ball, pairwise_lipschitz, worst_logits, worst_margin
-from lipjax.networks import Block, Network, from_flax
+from lipjax.models import Residual
+from lipjax.networks import Block, Fork, Join, Network
+from lipjax.reading import from_flax
 from lipjax.regions import Region, l2_ball
 from lipjax.robustness import certified_radius, certify, global_lipschitz, local_lipschitz
 from lipjax.spectral import LinearMap, converged_norm, power_iteration
@@ -38,12 +40,18 @@ __all__ = [
     "Conv",
     "Dense",
     "Estimate",
+    "Fork",
     "Given",
     "Identity",
+    "Join",
     "LinearMap",
+    "MaxMin",
+    "MaxPool",
     "Network",
     "ReLU",
     "Region",
+    "Residual",
+    "Scale",
     "WarmStarted",
     "__version__",
     "box_and_ball",

@@ -17,7 +17,7 @@ from jax import Array
 
 from lipjax import spectral
 from lipjax.layers import Activation, Affine
-from lipjax.networks import Network
+from lipjax.networks import Fork, Join, Network
 from lipjax.regions import Region, all_finite
 from lipjax.spectral import LinearMap
 
@@ -95,24 +95,30 @@ def propagate(network: Network, region: Region, norm: Norm, row_norms: RowNorms 
     Reference:
         [H21] sections 3.1 and 3.2.
     """
-    preactivations, live, sigmas, norm_results = [], [], [], []
-    for place, block in enumerate(network.blocks):
-        region = region.reshape(block.affine.in_shape)
-        columns = region.live
-        before = preactivation(block.affine, region, row_norms)
+    preactivations, live, sigmas, norm_results, kept = [], [], [], [], []
+    for step in network.steps:
+        if isinstance(step, Fork):
+            kept.append(region)
+            continue
+        if isinstance(step, Join):
+            region = join(kept.pop(), region)
+            continue
+        region = region.reshape(step.affine.in_shape)
+        before = preactivation(step.affine, region, row_norms)
         if before.radius is None:
             sigma, result = None, None
         else:
-            rows = live_rows(block.activation, before)
-            sigma, result = norm(place, linear_map(block.affine).masked(rows, columns))
-        region = activate(block.activation, before, sigma)
+            rows = live_rows(step.activation, before)
+            sigma, result = norm(len(sigmas), linear_map(step.affine).masked(rows, region.live))
+        region = activate(step.activation, before, sigma)
         preactivations.append(before)
         live.append(region.live)
         norm_results.append(result)
         sigmas.append(jnp.ones_like(region.center, shape=()) if sigma is None else sigma)
     region = region.reshape(network.head.in_shape)
     stacked = jnp.stack(sigmas) if sigmas else jnp.ones_like(region.center, shape=(0,))
-    return Bounds(region, tuple(preactivations), tuple(live), stacked, jnp.prod(stacked), tuple(norm_results))
+    lipschitz = jnp.asarray(network.lipschitz(stacked), stacked.dtype)
+    return Bounds(region, tuple(preactivations), tuple(live), stacked, lipschitz, tuple(norm_results))
 
 
 def preactivation(layer: Affine, region: Region, row_norms: RowNorms = masked_row_norms) -> Region:
@@ -132,13 +138,34 @@ def preactivation(layer: Affine, region: Region, row_norms: RowNorms = masked_ro
 
 def activate(activation: Activation, before: Region, sigma: Array | None) -> Region:
     """The region after an activation, given the norm of the masked layer before it."""
-    radius = None if before.radius is None or sigma is None else before.radius * sigma
+    radius = None if before.radius is None or sigma is None else before.radius * sigma * activation.lipschitz
     center = activation(before.center)
     finite = before.finite & all_finite(center, radius)
     if before.lower is None or before.upper is None:
         return Region(None, None, center, radius, before.live, finite)
     lower, upper = activation(before.lower), activation(before.upper)
     return Region(lower, upper, center, radius, activation.live_outputs(before.lower, before.upper), finite)
+
+
+def join(kept: Region, region: Region) -> Region:
+    """The region of x + f(x), given those of x and of f(x): boxes and balls add up.
+
+    Args:
+        kept: the region of x. Its box is cut to its ball, so that the sum of the boxes is within the sum of the balls.
+        region: the region of f(x), raveled in the same order.
+    """
+    region = region.reshape(kept.center.shape)
+    center = kept.center + region.center
+    radius = None if kept.radius is None or region.radius is None else kept.radius + region.radius
+    lower, upper = None, None
+    if None not in (kept.lower, kept.upper, region.lower, region.upper):
+        lower, upper = kept.box
+        if kept.radius is not None:
+            around = jnp.where(kept.live, kept.radius, 0)
+            lower, upper = jnp.maximum(lower, kept.center - around), jnp.minimum(upper, kept.center + around)
+        lower, upper = lower + region.lower, upper + region.upper
+    finite = kept.finite & region.finite & all_finite(lower, upper, center, radius)
+    return Region(lower, upper, center, radius, kept.live | region.live, finite)
 
 
 def linear_map(layer: Affine) -> LinearMap:

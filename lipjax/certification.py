@@ -14,7 +14,7 @@ from lipjax import reports, runs, settings
 from lipjax.data import load
 from lipjax.errors import InputError
 from lipjax.evaluation import evaluate
-from lipjax.networks import from_flax
+from lipjax.reading import from_flax
 
 
 def certify(

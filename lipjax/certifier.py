@@ -16,7 +16,7 @@ from jax import Array
 from lipjax import bounds, norms, rounding
 from lipjax.certificates import Certificate, certificate
 from lipjax.layers import Affine
-from lipjax.networks import Block, Network
+from lipjax.networks import Block, Fork, Join, Network
 from lipjax.regions import Region, l2_ball
 
 LEVELS = ("probabilistic", "deterministic", "estimate")
@@ -110,7 +110,7 @@ class Certifier:
     @property
     def global_lipschitz(self) -> float:
         """Product of the norms of the whole layers of the feature map."""
-        return float(np.prod(self.sigmas))
+        return float(self.network.lipschitz(self.sigmas))
 
     def globally(self, x: Array, label: Array, eps: Array | float) -> Found:
         """Certificates of a batch with the norms of the whole layers: no start is drawn, no iteration is made."""
@@ -171,17 +171,22 @@ class Certifier:
             dtype = self.level.dtype
             radius = jnp.broadcast_to(jnp.asarray(eps, dtype), np.shape(x)[:1])
             region, error = _enter(jnp.asarray(x, dtype), radius)
-            lipschitz = jnp.ones_like(error)
-            live, solved = [], []
-            for place, block in enumerate(self.network.blocks):
-                whole, absolute = self.sigmas[place], self.absolute[place]
-                before, rows, columns, error = _before(block, region, error, jnp.asarray(whole, dtype), absolute)
-                solved.append(solve(place, block.affine, rows, columns))
-                sigma = jnp.asarray(solved[-1].sigma, dtype)
-                region, lipschitz, share = _after(block, before, sigma, lipschitz)
-                live.append(share)
-            found = _decide(self.network, region, lipschitz, jnp.asarray(label), error, self.level.name)
+            live, solved, kept = [], [], []
+            for step in self.network.steps:
+                if isinstance(step, Fork):
+                    kept.append((region, error))
+                elif isinstance(step, Join):
+                    region, error = _join(*kept.pop(), region, error)
+                else:
+                    place = len(solved)
+                    whole, absolute = jnp.asarray(self.sigmas[place], dtype), self.absolute[place]
+                    before, rows, columns, error = _before(step, region, error, whole, absolute)
+                    solved.append(solve(place, step.affine, rows, columns))
+                    region, share = _after(step, before, jnp.asarray(solved[-1].sigma, dtype))
+                    live.append(share)
             sigmas, products = [norm.sigma for norm in solved], [norm.products for norm in solved]
+            lipschitz = jnp.broadcast_to(jnp.asarray(self.network.lipschitz(sigmas), dtype), error.shape)
+            found = _decide(self.network, region, lipschitz, jnp.asarray(label), error, self.level.name)
             tables = (np.asarray(table, np.float64).reshape(-1, len(x)).T for table in (sigmas, live, products))
             return Found(jax.tree.map(np.asarray, found), *tables)
 
@@ -241,15 +246,27 @@ def _before(
         if absolute is not None:
             before = rounding.widen(before, block.affine, entering)
             error = rounding.inference_error(error, block.affine, entering, whole, absolute)
+            error = error * block.activation.lipschitz
         return before, bounds.live_rows(block.activation, before), entering.live, error
 
     return jax.vmap(one)(region, error)
 
 
 @jax.jit
-def _after(block: Block, before: Region, sigma: Array, lipschitz: Array) -> tuple[Region, Array, Array]:
+def _after(block: Block, before: Region, sigma: Array) -> tuple[Region, Array]:
     region = jax.vmap(functools.partial(bounds.activate, block.activation))(before, sigma)
-    return region, lipschitz * sigma, jnp.mean(region.live.reshape(len(sigma), -1), axis=1)
+    return region, jnp.mean(region.live.reshape(len(sigma), -1), axis=1)
+
+
+@jax.jit
+def _join(kept: Region, kept_error: Array, region: Region, error: Array) -> tuple[Region, Array]:
+    def one(kept: Region, kept_error: Array, region: Region, error: Array) -> tuple[Region, Array]:
+        joined = bounds.join(kept, region)
+        if error.dtype == jnp.float64:
+            return rounding.widen_sum(joined), rounding.sum_error(kept_error, error, joined)
+        return joined, error
+
+    return jax.vmap(one)(kept, kept_error, region, error)
 
 
 @functools.partial(jax.jit, static_argnames="level")

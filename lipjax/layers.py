@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +46,9 @@ class Affine:
 
     @property
     def shift(self) -> Array:
-        """The bias, which is per entry of the last axis, in a shape that broadcasts to the output."""
+        """The bias in a shape that broadcasts to the output: it is per entry of the last axis, or per output."""
+        if self.bias.shape == self.out_shape:
+            return self.bias
         return self.bias.reshape((1,) * (len(self.out_shape) - 1) + (-1,))
 
     @property
@@ -104,6 +107,27 @@ class Conv(Affine):
         return lambda z: conv_transpose(z, transposed, self.stride, self.padding, self.in_shape)
 
 
+@jax.tree_util.register_dataclass
+@layer
+class Scale(Affine):
+    """Entry by entry: kernel (the diagonal of W) and bias, each shaped like the input."""
+
+    def form(self, kernel: Array, a: Array) -> Array:
+        return kernel * a
+
+    @property
+    def terms(self) -> int:
+        return 1
+
+    def adjoint(self) -> Callable[[Array], Array]:
+        return lambda z: self.kernel * z
+
+
+def identity(shape: Shape, dtype: Any = jnp.float32) -> Scale:
+    """The layer that changes nothing: it carries an activation that follows no other affine layer."""
+    return Scale(jnp.ones(shape, dtype), jnp.zeros(shape, dtype), shape, shape)
+
+
 def dense(kernel: Array, bias: Array, in_shape: Shape) -> Dense:
     """A dense layer on inputs of the given shape.
 
@@ -152,7 +176,12 @@ def convolution(kernel: Array, bias: Array, in_shape: Shape, stride: Pair, paddi
 
 @layer
 class Activation:
-    """An activation that is 1-Lipschitz and monotone in each coordinate, so that a box maps corner to corner."""
+    """An activation that is monotone in each coordinate, so that a box maps corner to corner, and Lipschitz."""
+
+    @property
+    def lipschitz(self) -> float:
+        """Its Lipschitz constant in the l2 norm, rounded up."""
+        return 1.0
 
     def __call__(self, z: Array) -> Array:
         raise NotImplementedError
@@ -217,3 +246,63 @@ class ClippedReLU(Activation):
         return ~((upper <= 0) | (lower >= self.theta) | (self.theta <= 0))
 
     live_outputs = live_rows
+
+
+@jax.tree_util.register_dataclass
+@layer
+class MaxMin(Activation):
+    """``max(z1, z2)`` then ``min(z1, z2)``, where channel i (z1) is paired with channel i + C / 2 (z2).
+
+    Every row is needed and every output varies: the larger of a pair is in one output, the smaller in the other.
+    """
+
+    def __call__(self, z: Array) -> Array:
+        first, second = jnp.split(z, 2, axis=-1)
+        return jnp.concatenate([jnp.maximum(first, second), jnp.minimum(first, second)], axis=-1)
+
+    def live_rows(self, lower: Array, upper: Array) -> Array:
+        return jnp.ones(lower.shape, bool)
+
+    live_outputs = live_rows
+
+
+@jax.tree_util.register_dataclass
+@layer
+class MaxPool(Activation):
+    """Maximum over windows of an image, with padding that never wins.
+
+    Its l2 constant is sqrt(the largest number of windows that hold one input): a change of one input can show in all
+    of them. Windows that do not overlap give 1.
+
+    Attributes:
+        in_shape: (H, W, C).
+        window: (kh, kw).
+        stride: per axis.
+        padding: before and after, per axis.
+    """
+
+    in_shape: Shape = static()
+    window: Pair = static()
+    stride: Pair = static()
+    padding: Padding = static()
+
+    def __call__(self, z: Array) -> Array:
+        padding = ((low, high) for low, high in (*self.padding, (0, 0)))
+        lowest = jnp.asarray(-jnp.inf, z.dtype)
+        return jax.lax.reduce_window(z, lowest, jax.lax.max, (*self.window, 1), (*self.stride, 1), tuple(padding))
+
+    @property
+    def lipschitz(self) -> float:
+        overlap = 1
+        axes = zip(self.in_shape[:2], self.window, self.stride, self.padding, strict=True)
+        for size, window, stride, (low, high) in axes:
+            starts = range(-low, size + high - window + 1, stride)
+            overlap *= max(sum(start <= i < start + window for start in starts) for i in range(size))
+        root = math.isqrt(overlap)
+        return float(root) if root * root == overlap else math.nextafter(math.sqrt(overlap), math.inf)
+
+    def live_rows(self, lower: Array, upper: Array) -> Array:
+        return jnp.ones(lower.shape, bool)
+
+    def live_outputs(self, lower: Array, upper: Array) -> Array:
+        return ~(self(upper) <= self(lower))

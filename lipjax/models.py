@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -50,6 +51,34 @@ class ClippedReLU(nnx.Module):
 
     def __call__(self, z: Array) -> Array:
         return jnp.minimum(jnp.maximum(z, 0), self.theta[...][None])
+
+
+class MaxMin(nnx.Module):
+    """``max(z1, z2)`` then ``min(z1, z2)``, channel i (z1) paired with channel i + C / 2 (z2) of the last axis."""
+
+    def __call__(self, z: Array) -> Array:
+        first, second = jnp.split(z, 2, axis=-1)
+        return jnp.concatenate([jnp.maximum(first, second), jnp.minimum(first, second)], axis=-1)
+
+
+class Residual(nnx.Module):
+    """``x + f(x)``, for layers f that keep the shape.
+
+    Args:
+        *layers: f, layers and functions applied in order, or one ``nnx.Sequential``.
+    """
+
+    def __init__(self, *layers: Any) -> None:
+        single = len(layers) == 1 and type(layers[0]) is nnx.Sequential
+        self.inner = layers[0] if single else nnx.Sequential(*layers)
+
+    @property
+    def layers(self) -> Any:
+        """The layers of f."""
+        return self.inner.layers
+
+    def __call__(self, x: Array) -> Array:
+        return x + self.inner(x)
 
 
 def flatten(x: Array) -> Array:

@@ -70,6 +70,21 @@ def inference_error(error: Array, layer: Affine, entering: Region, sigma: Array,
     return sigma * error + own + relative * absolute_norm * error
 
 
+def widen_sum(joined: Region) -> Region:
+    """The region of a residual sum, its box widened by what one float64 addition may have rounded."""
+    if joined.lower is None or joined.upper is None:
+        return joined
+    slack = 8 * UNIT64 * (jnp.maximum(jnp.abs(joined.lower), jnp.abs(joined.upper)) + jnp.abs(joined.center))
+    return dataclasses.replace(joined, lower=joined.lower - slack, upper=joined.upper + slack)
+
+
+def sum_error(kept: Array, error: Array, joined: Region) -> Array:
+    """How far a float32 sum x + f(x) may be from the exact one, given the same for x and for f(x)."""
+    lower, upper = joined.box
+    largest = length(jnp.maximum(jnp.abs(lower), jnp.abs(upper)))
+    return (kept + error) * (1 + UNIT32) + UNIT32 * largest
+
+
 def logit_errors(error: Array, head: Dense, features: Region) -> Array:
     """How far each float32 logit may be from the exact one over the region (classes,)."""
     relative = gamma(head.terms + 1, UNIT32)

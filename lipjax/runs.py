@@ -17,7 +17,7 @@ from flax import nnx
 from jax import Array
 from tqdm import tqdm
 
-from lipjax import bounds, data, losses, margins, models, networks, reports, schedules, settings, sharding, training
+from lipjax import bounds, data, losses, margins, models, reading, reports, schedules, settings, sharding, training
 from lipjax.checkpoints import Checkpoints, flat, unflat
 from lipjax.errors import InputError
 from lipjax.regions import l2_ball
@@ -95,7 +95,7 @@ class Run:
     def initial_state(self) -> TrainState:
         """The state before the first step, for one device; with local norms it has one row of vectors per example."""
         key = jax.random.key(self.config.seed)
-        network = networks.from_flax(self.model, self.train.images.shape[1:])
+        network = reading.from_flax(self.model, self.train.images.shape[1:])
         vectors = jax.jit(training.initial_vectors)(network, jax.random.fold_in(key, 0))
         own = vectors if self.method.local else ()
 
@@ -235,7 +235,7 @@ class Run:
         }
 
     def _probe(self, state: TrainState, vectors: tuple[Array, ...], x: Array) -> tuple[Array, Array, Array]:
-        network = networks.from_flax(nnx.merge(self.graphdef, state.params), x.shape[1:])
+        network = reading.from_flax(nnx.merge(self.graphdef, state.params), x.shape[1:])
         key = jax.random.key(self.config.seed)
         eps = self.method.eps(state.step)
         exact = bounds.Estimate(key, max_iters=self.config.probe.max_iters)

@@ -13,7 +13,8 @@ from flax import nnx
 from jax import Array, lax
 
 from lipjax import bounds, losses, margins, spectral
-from lipjax.networks import Network, from_flax
+from lipjax.networks import Network
+from lipjax.reading import from_flax
 from lipjax.regions import Region, l2_ball
 
 AXIS = "devices"
@@ -221,7 +222,7 @@ def _evaluate(
             "clean_accuracy": correct,
             "certified_accuracy": correct & (margins.worst_margin(worst, label) > 0),
             "local_lipschitz": found.lipschitz,
-            "global_lipschitz": jnp.prod(shared),
+            "global_lipschitz": jnp.asarray(network.lipschitz(shared), shared.dtype),
             "live": jnp.stack([jnp.mean(live) for live in found.live]),
         }
         return losses.mixed(clean, worst_case, kappa), metrics, found.norm_results if method.local else vectors

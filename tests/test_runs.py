@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 
-from lipjax import certification, data, networks, reports, runs, settings
+from lipjax import certification, data, reading, reports, runs, settings
 
 ROOT = pathlib.Path(__file__).parents[1]
 SHRUNK = [
@@ -168,7 +168,7 @@ def test_restored_model_is_an_ordinary_flax_model(finished):
     config = settings.load(workdir)
     model, facts = runs.restore_model(workdir, config, data.load("digits", "test"), "last")
     images = data.load("digits", "test").images[:5].astype(np.float32) / 16
-    network = networks.from_flax(model, images.shape[1:])
+    network = reading.from_flax(model, images.shape[1:])
     np.testing.assert_allclose(model(images), network(images), atol=1e-5)
     assert facts["epoch"] == 3
 

@@ -13,21 +13,10 @@ MODULES = {path.stem: path for path in sorted(PACKAGE.glob("*.py"))}
 # A module imports only from modules before it.
 ORDER = [
     *("errors", "regions", "convolutions", "models", "data"),
-    *(
-        "layers",
-        "networks",
-        "spectral",
-        "bounds",
-        "margins",
-        "certificates",
-        "lanczos",
-        "rounding",
-        "deterministic",
-        "norms",
-    ),
-    *("certifier", "radius", "robustness"),
-    *("losses", "attacks", "schedules"),
-    *("settings", "training", "sharding", "checkpoints", "reports", "runs", "evaluation", "certification", "commands"),
+    *("layers", "networks", "functions", "assembly", "reading"),
+    *("spectral", "bounds", "margins", "certificates", "lanczos", "rounding", "deterministic", "norms"),
+    *("certifier", "radius", "robustness", "losses", "attacks", "schedules", "settings"),
+    *("training", "sharding", "checkpoints", "reports", "runs", "evaluation", "certification", "commands"),
     "__init__",
 ]
 MAX_LINES = 350

@@ -13,7 +13,7 @@ import optax
 import pytest
 from flax import nnx
 
-from lipjax import bounds, losses, margins, models, networks, regions, sharding, training
+from lipjax import bounds, losses, margins, models, reading, regions, sharding, training
 
 SHAPE, CLASSES, EXAMPLES = (6, 6, 1), 3, 12
 
@@ -57,7 +57,7 @@ def data_and_state(method, devices, examples=EXAMPLES):
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (examples, *SHAPE), dtype=np.uint8)
     labels = rng.integers(0, CLASSES, examples).astype(np.int32)
-    vectors = training.initial_vectors(networks.from_flax(model, SHAPE), jax.random.key(1), 5)
+    vectors = training.initial_vectors(reading.from_flax(model, SHAPE), jax.random.key(1), 5)
     share = examples // devices
     tables = tuple(jnp.broadcast_to(v[None, None], (devices, share, *v.shape)) for v in vectors)
     shared = (jnp.int32(0), params, method.optimizer.init(params), jax.random.key_data(jax.random.key(2)), vectors)
@@ -90,7 +90,7 @@ def test_gradient_of_the_step_is_that_of_the_mean_loss_written_out():
     x, labels = jnp.asarray(data.images[0], jnp.float32) / 255, data.labels[0]
 
     def mean_loss(params):
-        network = networks.from_flax(nnx.merge(graphdef, params), SHAPE)
+        network = reading.from_flax(nnx.merge(graphdef, params), SHAPE)
         key = jax.random.fold_in(stored.key, 0)
         whole = bounds.WarmStarted(stored.global_vectors, None, key, 3, 0.01)
         shared = bounds.global_norms(network, whole)[1]
@@ -174,7 +174,7 @@ def test_clips_are_projected_to_be_nonnegative():
 def test_warm_vectors_approach_the_converged_norm_over_steps():
     chosen = method(optimizer=optax.sgd(0.0))
     graphdef, state, data = data_and_state(chosen, 1)
-    network = networks.from_flax(nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf[0], state.params)), SHAPE)
+    network = reading.from_flax(nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf[0], state.params)), SHAPE)
     x = jnp.asarray(data.images[0], jnp.float32) / 255
     norm = bounds.Estimate(jax.random.key(5), tol=1e-6)
     converged = jax.jit(jax.vmap(lambda one: bounds.propagate(network, regions.l2_ball(one, 0.3), norm).lipschitz))

@@ -1,0 +1,412 @@
+"""Enclosures of spectral norms by Lanczos: against SVD, an independent Lanczos process, and the stated probability."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lipjax import convolution, dense, lanczos, norms
+
+RTOL = 1e-3
+SURE = 1e-10  # a t_delta that no start of a test comes near
+SIZES = (1, 5, 24)
+BATCH, ROWS = 8, 40
+SEEDS = st.integers(0, 10**6)
+
+
+@functools.partial(jax.jit, static_argnames=("max_steps", "chunk"))
+def _enclosed(matrices, start, t_delta, ceiling, rtol, max_steps, chunk):
+    def gram(u):
+        return jnp.einsum("bmn,bm->bn", matrices, jnp.einsum("bmn,bn->bm", matrices, u))
+
+    return lanczos.enclose(gram, start, t_delta, ceiling, rtol=rtol, max_steps=max_steps)
+
+
+def enclosed(matrices, start, t_delta=SURE, ceiling=np.inf, *, rtol=RTOL, max_steps=10**6):
+    """Lower and upper bounds, in float64, and the number of steps."""
+    steps = min(max_steps, start.shape[1])
+    with jax.enable_x64(True):
+        found = _enclosed(matrices, start, t_delta, ceiling, rtol, steps, lanczos.CHUNK)
+    assert found.upper.dtype == np.float64
+    return np.asarray(found.lower), np.asarray(found.upper), int(found.steps)
+
+
+def units(rng, count, length):
+    start = rng.standard_normal((count, length))
+    return start / np.linalg.norm(start, axis=1, keepdims=True)
+
+
+def with_spectrum(rng, rows, values):
+    """A matrix (rows, n) with random singular vectors and the given singular values."""
+    n = len(values)
+    left = np.linalg.qr(rng.standard_normal((rows, rows)))[0]
+    right = np.linalg.qr(rng.standard_normal((n, n)))[0]
+    k = min(rows, n)
+    return (left[:, :k] * values[:k]) @ right[:, :k].T
+
+
+def random_matrices(rng, n):
+    """Matrices of different heights and spectra, all padded by zero rows to one height."""
+    spectra = [
+        np.ones(n),
+        np.linspace(1, 0, n),
+        0.5 ** np.arange(n),
+        np.where(np.arange(n) == 0, 1, 0.3),
+        np.where(np.arange(n) < n // 2, 1, 1 - 1e-3),
+        rng.exponential(size=n),
+    ]
+    matrices = [with_spectrum(rng, rng.integers(1, ROWS + 1), np.sort(values)[::-1]) for values in spectra]
+    matrices += [rng.standard_normal((rng.integers(1, ROWS + 1), n)), np.zeros((1, n))]
+    return np.stack([np.pad(m, ((0, ROWS - len(m)), (0, 0))) for m in matrices])
+
+
+def svd(matrices):
+    return np.array([oracles.spectral_norm(matrix) for matrix in matrices])
+
+
+# Enclosures against SVD
+
+
+@settings(max_examples=40)
+@given(st.sampled_from(SIZES), SEEDS, st.sampled_from([1e-6, 1.0, 1e6]))
+def test_lower_and_upper_enclose_the_largest_singular_value_as_tightly_as_asked(n, seed, scale):
+    rng = np.random.default_rng(seed)
+    matrices = scale * random_matrices(rng, n)
+    lower, upper, _ = enclosed(matrices, units(rng, BATCH, n))
+    sigma = svd(matrices)
+    assert np.all(lower <= sigma * (1 + 1e-13))
+    assert np.all(upper >= sigma)
+    assert np.all(upper <= lower * (1 + RTOL))  # the cap is the length, at which every process has ended
+
+
+def test_a_tight_tolerance_takes_more_steps_than_a_loose_one():
+    rng = np.random.default_rng(0)
+    matrices, start = np.repeat(with_spectrum(rng, ROWS, np.linspace(1, 0, 24))[None], BATCH, 0), units(rng, BATCH, 24)
+    loose, tight = (enclosed(matrices, start, rtol=rtol) for rtol in (2.0, 1e-6))
+    assert loose[2] < tight[2]
+    assert np.all(loose[1] <= 3 * loose[0])
+    assert np.all(tight[1] <= tight[0] * (1 + 1e-6))
+
+
+def test_a_cap_that_is_hit_leaves_a_looser_bound_that_still_holds():
+    rng = np.random.default_rng(1)
+    matrices, start = np.repeat(with_spectrum(rng, ROWS, np.linspace(1, 0, 24))[None], BATCH, 0), units(rng, BATCH, 24)
+    lower, upper, steps = enclosed(matrices, start, max_steps=8)
+    assert steps == 8
+    assert np.all(lower < 1)
+    assert np.all(upper > lower * (1 + RTOL))
+    assert np.all(upper >= 1)
+
+
+def test_a_scaled_matrix_has_a_scaled_bound():
+    rng = np.random.default_rng(2)
+    matrices, start = random_matrices(rng, 24), units(rng, BATCH, 24)
+    _, upper, _ = enclosed(matrices, start, max_steps=8)
+    _, scaled, _ = enclosed(1e3 * matrices, start, max_steps=8)
+    np.testing.assert_allclose(scaled, 1e3 * upper, rtol=1e-9)
+
+
+def test_a_zero_map_and_a_zero_start_have_the_bound_zero():
+    start = units(np.random.default_rng(3), BATCH, 24)
+    start[0] = 0
+    lower, upper, _ = enclosed(np.zeros((BATCH, ROWS, 24)), start)
+    assert not lower.any()
+    assert not upper.any()
+
+
+def test_an_orthogonal_map_has_the_bound_1():
+    rng = np.random.default_rng(4)
+    matrices = np.stack([with_spectrum(rng, ROWS, np.ones(24)) for _ in range(BATCH)])
+    _, upper, _ = enclosed(matrices, units(rng, BATCH, 24))
+    np.testing.assert_allclose(upper, 1, rtol=1e-9)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 1e200])
+def test_what_is_not_finite_has_an_infinite_bound_and_leaves_the_rest_of_the_batch_alone(bad):
+    rng = np.random.default_rng(5)
+    matrices, start = random_matrices(rng, 24), units(rng, BATCH, 24)
+    matrices[2, 0, 7] = bad
+    _, upper, _ = enclosed(matrices, start)
+    assert upper[2] == np.inf
+    others = np.arange(BATCH) != 2
+    sigma = svd(matrices[others])
+    assert np.all((upper[others] >= sigma) & (upper[others] <= sigma * (1 + RTOL)))
+
+
+def test_a_known_ceiling_is_never_exceeded_and_never_helps_where_it_is_larger():
+    rng = np.random.default_rng(6)
+    matrices, start = random_matrices(rng, 24), units(rng, BATCH, 24)
+    _, free, _ = enclosed(matrices, start, max_steps=8)
+    ceilings = svd(matrices) * np.where(np.arange(BATCH) % 2, 1.0, 10.0)
+    _, upper, _ = enclosed(matrices, start, ceiling=ceilings, max_steps=8)
+    np.testing.assert_allclose(upper, np.minimum(free, ceilings), rtol=1e-12)
+    assert np.any(ceilings < free)
+    assert np.any(ceilings > free)
+
+
+# The root of log p_k(t) = -log t_delta, from another Lanczos process in NumPy
+
+
+def tridiagonal(gram, u, steps):
+    """T_k and the residual b_k by Arnoldi's process, orthogonalised by QR: no three-term recurrence."""
+    basis = u[:, None]
+    for _ in range(steps):
+        q, r = np.linalg.qr(np.concatenate([basis, (gram @ basis[:, -1])[:, None]], axis=1))
+        basis = q * np.sign(np.diag(r))
+    inner = basis.T @ gram @ basis
+    return inner[:steps, :steps], inner[steps, steps - 1]
+
+
+def root(tridiagonal_matrix, off, t_delta):
+    """t above all eigenvalues with sum log(t - theta_j) - sum log b_j = -log t_delta, by halving."""
+    theta = np.linalg.eigvalsh(tridiagonal_matrix)
+    target = np.sum(np.log(off)) - np.log(t_delta)
+    low, high = theta[-1], theta[-1] + math.exp(target / len(theta))
+    for _ in range(200):
+        middle = (low + high) / 2
+        small = np.sum(np.log(np.maximum(middle - theta, 1e-300))) < target
+        low, high = (middle, high) if small else (low, middle)
+    return high
+
+
+def closed_formula(matrix, u, t_delta, steps):
+    t, residual = tridiagonal(matrix.T @ matrix, u, steps)
+    return np.sqrt(root(t, np.append(np.diag(t, -1), residual), t_delta)), np.sqrt(np.linalg.eigvalsh(t)[-1])
+
+
+def one_step_at_a_time(monkeypatch):
+    monkeypatch.setattr(lanczos, "CHUNK", 1)
+    monkeypatch.setattr(lanczos, "CHECK_EVERY", 1)
+
+
+@pytest.mark.parametrize("t_delta", [1e-2, 1e-12])
+@pytest.mark.parametrize("steps", [1, 3, 8, 16])
+def test_bounds_are_the_root_of_the_lanczos_polynomial_and_the_largest_ritz_value(monkeypatch, steps, t_delta):
+    if steps % lanczos.CHUNK:
+        one_step_at_a_time(monkeypatch)
+    rng = np.random.default_rng(7)
+    matrices = np.stack([with_spectrum(rng, ROWS, 30 * np.linspace(1, 0.2, 24) ** p) for p in range(1, BATCH + 1)])
+    start = units(rng, BATCH, 24)
+    lower, upper, _ = enclosed(matrices, start, t_delta, rtol=0, max_steps=steps)
+    looks = range(lanczos.CHECK_EVERY, steps + 1, lanczos.CHECK_EVERY)
+    for i in range(BATCH):
+        at = [closed_formula(matrices[i], start[i], t_delta, k) for k in looks]
+        assert upper[i] == pytest.approx(min(u for u, _ in at), rel=1e-8)
+        assert lower[i] == pytest.approx(at[-1][1], rel=1e-8)
+
+
+def test_one_step_by_hand(monkeypatch):
+    one_step_at_a_time(monkeypatch)
+    # W = diag(2, 0) from (3, 4) / 5: a = 4 * 9 / 25, b = 4 * 12 / 25, and t = a + b / t_delta
+    lower, upper, _ = enclosed(np.diag([2.0, 0.0])[None], np.array([[0.6, 0.8]]), 0.5, max_steps=1)
+    assert lower[0] == pytest.approx(1.2, rel=1e-9)
+    assert upper[0] == pytest.approx(math.sqrt(1.44 + 1.92 / 0.5), rel=1e-9)
+
+
+# The stated probability, for thousands of starts at a delta at which failures can be counted
+
+STARTS, LENGTH, DELTA = 4000, 40, 0.05
+FLAT = np.where(np.arange(LENGTH) == 0, 100.0, 30.0)
+SPECTRA = {
+    "one outlier": (FLAT, 1),
+    "one outlier above a slope": (np.append(100, np.linspace(90, 0, LENGTH - 1)), 8),
+    "slope": (np.linspace(100, 0, LENGTH), 8),
+    "close pair": (np.append([100, 99.9], np.linspace(90, 0, LENGTH - 2)), 8),
+    "geometric": (100 * 0.99 ** np.arange(LENGTH), 8),
+}
+
+
+def allowed(trials):
+    """Failures that DELTA makes likely: the mean of the binomial distribution and four standard deviations."""
+    return trials * DELTA + 4 * math.sqrt(trials * DELTA * (1 - DELTA))
+
+
+def smallest_part():
+    return DELTA * math.sqrt(math.pi / (2 * LENGTH))
+
+
+@functools.cache
+def random_starts(seed):
+    return units(np.random.default_rng(seed), STARTS, LENGTH)
+
+
+@functools.partial(jax.jit, static_argnames=("max_steps", "chunk"))
+def _of_diagonal(values, start, t_delta, max_steps, chunk):
+    return lanczos.enclose(lambda u: u * values[None] ** 2, start, t_delta, rtol=0.0, max_steps=max_steps).upper
+
+
+def uppers(values, start, steps):
+    with jax.enable_x64(True):
+        t_delta = lanczos.smallest_start(DELTA, LENGTH)
+        return np.asarray(_of_diagonal(values, start, t_delta, steps, lanczos.CHUNK))
+
+
+@pytest.mark.parametrize("name", SPECTRA)
+def test_bounds_fail_no_more_often_than_stated_and_only_for_starts_without_the_top_direction(monkeypatch, name):
+    values, steps = SPECTRA[name]
+    if steps == 1:
+        one_step_at_a_time(monkeypatch)
+    start = random_starts(0)
+    failed = uppers(values, start, steps) < values[0]
+    assert failed.sum() <= allowed(STARTS)
+    assert np.all(np.abs(start[failed, 0]) < smallest_part())
+
+
+def test_the_stated_probability_is_reached_by_one_outlier_at_one_step(monkeypatch):
+    one_step_at_a_time(monkeypatch)
+    assert np.mean(uppers(FLAT, random_starts(1), 1) < FLAT[0]) > 0.6 * DELTA
+
+
+def one_step(start):
+    """a, b and the start's part along the top direction, for the spectrum FLAT."""
+    image = start * FLAT**2
+    a = np.sum(start * image, axis=1)
+    return a, np.linalg.norm(image - a[:, None] * start, axis=1)
+
+
+def test_the_check_accepts_the_formula_in_numpy():
+    a, b = one_step(random_starts(0))
+    assert np.sum(np.sqrt(a + b / smallest_part()) < FLAT[0]) <= allowed(STARTS)
+
+
+def test_the_check_refuses_a_root_at_1():
+    a, b = one_step(random_starts(0))
+    assert np.sum(np.sqrt(a + b) < FLAT[0]) > allowed(STARTS)
+
+
+def test_the_check_refuses_a_formula_without_the_residual():
+    a, _ = one_step(random_starts(0))
+    assert np.sum(np.sqrt(a + 1 / smallest_part()) < FLAT[0]) > allowed(STARTS)
+
+
+def test_the_check_refuses_the_least_of_ten_starts_at_one_delta():
+    a, b = one_step(random_starts(0))
+    least = np.sqrt(a + b / smallest_part()).reshape(-1, 10).min(axis=1)
+    assert np.sum(least < FLAT[0]) > allowed(len(least))
+
+
+@pytest.mark.parametrize("name", SPECTRA)
+@pytest.mark.parametrize("part", [1e-3, 1e-9])
+def test_a_start_with_the_smallest_part_that_counts_never_fails(name, part):
+    values, _ = SPECTRA[name]
+    start = random_starts(2)[:BATCH].copy()
+    start[:, 0] = 0
+    start *= math.sqrt(1 - part**2) / np.linalg.norm(start, axis=1, keepdims=True)
+    start[:, 0] = part * (1 + 1e-9)
+    matrices = np.repeat(np.diag(values)[None], BATCH, 0)
+    for steps in (8, 40):
+        _, upper, _ = enclosed(matrices, start, part, max_steps=steps)
+        assert np.all(upper >= values[0])
+
+
+@pytest.mark.xfail(strict=True, reason="a breakdown ends the process although b_k / t_delta is not small")
+def test_a_process_that_breaks_down_does_not_forget_a_part_that_counts():
+    values, part = np.where(np.arange(24) == 0, 1.1, 1.0), 1e-13
+    start = np.zeros((1, 24))
+    start[0, :2] = 2 * part, 1
+    _, upper, _ = enclosed(np.diag(values)[None], start, part)
+    assert upper[0] >= 1.1
+
+
+@pytest.mark.xfail(strict=True, reason="the residual underflows below 1e-80, which passes for a breakdown")
+@pytest.mark.parametrize("scale", [1e-85, 1e-170])
+def test_float64_weights_near_underflow_have_no_smaller_bound(scale):
+    start = units(np.random.default_rng(11), 1, 24)
+    _, upper, _ = enclosed(scale * np.diag(np.linspace(1, 0, 24))[None], start)
+    assert upper[0] >= scale
+
+
+# The smallest part
+
+
+def test_smallest_start_by_hand():
+    assert lanczos.smallest_start(1.0, 2) == pytest.approx(0.886227, rel=1e-6)  # sqrt(pi) / 2
+    assert lanczos.smallest_start(1e-6, 200) == pytest.approx(1e-6 * 0.0886227, rel=1e-6)
+
+
+@pytest.mark.parametrize("length", [1, 2, 40])
+def test_few_random_directions_have_a_smaller_part_than_the_smallest_start(length):
+    part = np.abs(units(np.random.default_rng(8), 20000, length)[:, 0])
+    assert np.sum(part < lanczos.smallest_start(DELTA, length)) <= allowed(20000)
+
+
+def test_a_delta_that_float64_cannot_resolve_is_refused_with_the_smallest_that_works():
+    with pytest.raises(ValueError, match=r"delta leaves 1e-15 .* 200 entries.* smallest share that works is 1\.13e-14"):
+        lanczos.smallest_start(1e-15, 200)
+    lanczos.smallest_start(1.13e-14, 200)
+
+
+# Norms of masked layers
+
+
+def _layers():
+    rng = np.random.default_rng(9)
+    yield "dense", dense(rng.standard_normal((20, 30)), np.zeros(30), (20,))
+    kernel = rng.standard_normal((3, 3, 2, 3))
+    yield "strided conv", convolution(kernel, np.zeros(3), (5, 6, 2), (2, 1), ((1, 0), (0, 1)))
+
+
+LAYERS = dict(_layers())
+EXAMPLES = 5
+
+
+def masked(layer, dtype):
+    """The layer in a precision, rows, columns, keys, and the SVD of each masked matrix; two examples have no rows."""
+    rng = np.random.default_rng(10)
+    density = np.array([1.0, 0.7, 0.3, 0.0, 0.5])[:, None]
+    rows = rng.random((EXAMPLES, math.prod(layer.out_shape))) < density
+    columns = rng.random((EXAMPLES, math.prod(layer.in_shape))) < np.maximum(density, 0.5)
+    columns[0] = True
+    columns[4] = False
+    sigma = svd([oracles.layer_matrix(layer)[0] * np.outer(r, c) for r, c in zip(rows, columns, strict=True)])
+    layer = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), layer)
+    masks = jnp.asarray(rows).reshape(-1, *layer.out_shape), jnp.asarray(columns).reshape(-1, *layer.in_shape)
+    return layer, *masks, jax.random.split(jax.random.key(0), EXAMPLES), sigma
+
+
+@pytest.mark.parametrize(("name", "batch_size"), [("dense", 2), ("dense", 8), ("strided conv", 2)])
+def test_lanczos_bounds_the_norm_of_every_masked_layer_whatever_the_batch(name, batch_size):
+    with jax.enable_x64(True):
+        *layer, sigma = masked(LAYERS[name], jnp.float64)
+        found = norms.Lanczos(delta=1e-9, rtol=RTOL, batch_size=batch_size)(0, *layer, np.inf)
+    assert np.all(found.sigma >= sigma)
+    assert np.all(found.sigma <= sigma * (1 + RTOL))
+    assert np.all(found.gap <= RTOL)
+    assert sigma.tolist()[3:] == [0.0, 0.0]
+
+
+def test_lanczos_beyond_its_cap_is_loose_and_still_a_bound():
+    with jax.enable_x64(True):
+        *layer, sigma = masked(LAYERS["strided conv"], jnp.float64)
+        found = norms.Lanczos(delta=1e-9, rtol=1e-9, max_steps=8)(0, *layer, np.inf)
+    assert np.all(found.sigma >= sigma)
+    assert found.gap[0] > 1e-3
+    assert found.gap[0] >= found.sigma[0] / sigma[0] - 1
+
+
+def test_a_ceiling_cuts_the_norms_of_a_layer():
+    with jax.enable_x64(True):
+        *layer, sigma = masked(LAYERS["dense"], jnp.float64)
+        found = norms.Lanczos(delta=1e-9)(0, *layer, sigma[1])
+    assert found.sigma[0] == sigma[1]
+    assert found.sigma[2] == pytest.approx(sigma[2], rel=RTOL)
+
+
+@pytest.mark.parametrize(("name", "batch_size"), [("dense", 2), ("dense", 8), ("strided conv", 2)])
+def test_power_iteration_estimates_the_norm_of_every_masked_layer_from_below(name, batch_size):
+    *layer, sigma = masked(LAYERS[name], jnp.float32)
+    found = norms.PowerIteration(batch_size=batch_size)(0, *layer, np.inf)
+    assert np.all(found.sigma <= sigma * (1 + 1e-5))
+    assert np.all(found.sigma >= 0.99 * sigma)
+
+
+def test_power_iteration_does_not_depend_on_the_batch():
+    *layer, _ = masked(LAYERS["dense"], jnp.float32)
+    one, all_ = (norms.PowerIteration(batch_size=size)(0, *layer, np.inf).sigma for size in (2, 8))
+    np.testing.assert_allclose(one, all_, rtol=1e-4)

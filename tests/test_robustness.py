@@ -1,0 +1,395 @@
+"""Certificates and Lipschitz constants with a stated probability: against SVD, by sampling, and what must not pass."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import lipjax
+from lipjax import Certifier
+
+KINDS = ["dense clipped", "conv relu"]  # one compilation each
+BATCH = 3
+KEY = jax.random.key(0)
+SEEDS = st.integers(0, 10**6)
+EPS = st.floats(0.0, 2.0) | st.floats(1e-3, 0.1)
+networks = st.builds(
+    lambda kind, seed, scale, shift: oracles.random_network(kind, seed, scale=scale, shift=shift),
+    st.sampled_from(KINDS),
+    SEEDS,
+    st.floats(0.3, 3.0),
+    st.sampled_from([0.0, -0.3, 0.3]),
+)
+
+
+def case(kind, seed=0, count=BATCH, **options):
+    """A network, inputs, and their predictions by the float64 oracle."""
+    network = oracles.random_network(kind, seed, **options)
+    x = oracles.random_inputs(network, seed, count)
+    return network, x, predictions(network, x)
+
+
+def predictions(network, x):
+    logits = oracles.DenseNetwork(network).logits(x.reshape(len(x), -1).astype(np.float64))
+    return np.argmax(logits, axis=1).astype(np.int32)
+
+
+def certify(network, x, label, eps, **options):
+    return lipjax.certify(network, jnp.asarray(x), jnp.asarray(label), eps, **{"key": KEY, **options})
+
+
+def oracle_lipschitz(network, x, eps):
+    """Products of the singular values of the oracle's own masked matrices."""
+    blocks = [oracles.DenseNetwork(network).regions(one.astype(np.float64).ravel(), eps)[0] for one in x]
+    return np.array([np.prod([sigma for *_, sigma in found]) for found in blocks])
+
+
+def oracle_global(network):
+    return np.prod([oracles.spectral_norm(matrix) for matrix, _ in oracles.DenseNetwork(network).layers])
+
+
+def oracle_margin(network, x, eps, label):
+    """The least margin over the box and the ball of the oracle's own features."""
+    exact, center = oracles.DenseNetwork(network), x.astype(np.float64).ravel()
+    blocks, _ = exact.regions(center, eps)
+    lower, upper = (np.minimum(np.maximum(z, 0), exact.thetas[-1]) for z in blocks[-1][:2])
+    radius = eps * np.prod([sigma for *_, sigma in blocks])
+    kernel, bias = exact.head[0].T, exact.head[1]
+    margins, _ = oracles.margins_minimum(kernel, bias, exact.features(center), lower, upper, radius, label)
+    return np.delete(margins, label).min()
+
+
+# Bounds against the oracle, from below and from above
+
+
+@settings(max_examples=40)
+@given(networks, SEEDS, EPS)
+def test_local_constants_are_never_below_the_oracle_and_never_above_the_global_one(network, seed, eps):
+    x = oracles.random_inputs(network, seed, BATCH)
+    local = np.asarray(lipjax.local_lipschitz(network, x, eps, key=KEY), np.float64)
+    everywhere = float(lipjax.global_lipschitz(network, key=KEY))
+    assert np.all(local >= oracle_lipschitz(network, x, eps) * (1 - 1e-13))
+    assert everywhere >= oracle_global(network) * (1 - 1e-13)
+    assert np.all(local <= everywhere * (1 + 1e-3) ** 3)  # the two calls share out their delta differently
+
+
+@settings(max_examples=20)
+@given(networks, SEEDS)
+def test_in_a_huge_ball_one_certifier_has_no_larger_local_constants_than_global_ones(network, seed):
+    x = oracles.random_inputs(network, seed, BATCH)
+    certifier = Certifier(network, BATCH, key=KEY, rtol=1e3)
+    local = certifier.locally(x, np.zeros(BATCH, np.int32), 100.0, np.arange(BATCH)).certificate.lipschitz
+    assert np.all(local <= certifier.global_lipschitz * (1 + 1e-15))
+    everywhere = certifier.globally(x, np.zeros(BATCH, np.int32), 100.0).certificate.lipschitz
+    np.testing.assert_allclose(everywhere, certifier.global_lipschitz, rtol=1e-14)
+
+
+@settings(max_examples=20)
+@given(networks, SEEDS, EPS)
+def test_worst_margins_are_never_above_the_oracle(network, seed, eps):
+    x = oracles.random_inputs(network, seed, BATCH)
+    label = predictions(network, x)
+    found = certify(network, x, label, eps)
+    exact = np.array([oracle_margin(network, x[i], eps, label[i]) for i in range(BATCH)])
+    assert np.all(np.asarray(found.worst_margin, np.float64) <= exact + 1e-12)
+    assert not np.any(np.asarray(found.certified) & (exact <= 0))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_end_to_end_bounds_are_within_a_hundredth_of_the_oracle(kind):
+    for seed in range(4):
+        network, x, label = case(kind, seed)
+        assert oracle_global(network) <= lipjax.global_lipschitz(network, key=KEY) <= 1.01 * oracle_global(network)
+        for eps in (0.0, 0.02, 0.2):
+            exact = oracle_lipschitz(network, x, eps)
+            found = certify(network, x, label, eps)
+            assert exact.max() > 0
+            assert np.all(np.asarray(found.lipschitz) <= 1.01 * exact)
+            for i in range(BATCH):
+                margin, clean = (oracle_margin(network, x[i], e, label[i]) for e in (eps, 0.0))
+                assert found.worst_margin[i] >= margin - 0.01 * (clean - margin) - 1e-3
+
+
+def test_estimates_are_close_to_the_oracle_and_named_so():
+    network, x, label = case("dense clipped")
+    found = certify(network, x, label, 0.1, level="estimate")
+    assert found.level == "estimate"
+    np.testing.assert_allclose(found.lipschitz, oracle_lipschitz(network, x, 0.1), rtol=0.01)
+    assert certify(network, x, label, 0.1).level == "probabilistic"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_certify_and_local_lipschitz_agree(kind):
+    network, x, label = case(kind)
+    found = certify(network, x, label, 0.1)
+    np.testing.assert_array_equal(found.lipschitz, lipjax.local_lipschitz(network, x, 0.1, key=KEY))
+    np.testing.assert_array_equal(found.prediction, label)
+    np.testing.assert_array_equal(found.certified, found.worst_margin > 0)
+
+
+# 32 and 64 bits
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_results_without_64_bits_are_those_with_them_rounded_outward(kind):
+    for eps in (0.0, 0.01, 0.1, 0.3):
+        network, x, label = case(kind, seed=int(100 * eps))
+        narrow = certify(network, x, label, eps)
+        with jax.enable_x64(True):
+            wide = certify(network, x, label, eps)
+        assert narrow.lipschitz.dtype == narrow.worst_margin.dtype == np.float32
+        assert wide.lipschitz.dtype == wide.worst_margin.dtype == np.float64
+        for small, large in [(wide.lipschitz, narrow.lipschitz), (narrow.worst_margin, wide.worst_margin)]:
+            small, large = np.asarray(small, np.float64), np.asarray(large, np.float64)
+            assert np.all(small <= large)
+            np.testing.assert_allclose(small, large, rtol=2.0**-22)
+        np.testing.assert_array_equal(narrow.certified, wide.certified)
+
+
+def test_global_constants_without_64_bits_are_rounded_up():
+    for seed in range(8):
+        network = oracles.random_network("dense clipped", seed)
+        narrow = lipjax.global_lipschitz(network, key=KEY)
+        with jax.enable_x64(True):
+            wide = lipjax.global_lipschitz(network, key=KEY)
+        assert narrow.shape == wide.shape == ()
+        assert (narrow.dtype, wide.dtype) == (np.float32, np.float64)
+        assert float(wide) <= float(narrow) <= float(wide) * (1 + 2.0**-22)
+
+
+# What is refused
+
+
+@pytest.mark.parametrize("function", ["certify", "local_lipschitz"])
+def test_traced_inputs_and_radii_are_refused(function):
+    network, x, label = case("dense clipped")
+    call = functools.partial(certify, network) if function == "certify" else None
+    call = call or (lambda x, label, eps: lipjax.local_lipschitz(network, x, eps, key=KEY))
+    with pytest.raises(TypeError, match="outside of traced code"):
+        jax.jit(lambda x: call(x, label, 0.1))(x)
+    with pytest.raises(TypeError, match="outside of traced code"):
+        jax.jit(lambda eps: call(x, label, eps))(0.1)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"key": None}, "key=None: .* give key="),
+        ({"delta": 0.0}, r"delta=0\.0 is no probability"),
+        ({"delta": 1.0}, r"delta=1\.0 is no probability"),
+        ({"delta": -0.5}, r"delta=-0\.5 is no probability"),
+        ({"delta": float("nan")}, "delta=nan is no probability"),
+        ({"delta": 1e-15}, "smallest share that works"),
+        ({"level": "exact"}, "level='exact' is not known; .*probabilistic.*estimate"),
+        ({"rtol": 0.0}, r"rtol=0\.0 cannot be reached"),
+        ({"rtol": float("nan")}, "rtol=nan cannot be reached"),
+    ],
+)
+def test_an_option_that_cannot_be_used_is_named_with_its_value(options, message):
+    network, x, label = case("dense clipped")
+    options = {"key": KEY, **options}
+    for call in (
+        lambda: certify(network, x, label, 0.1, **options),
+        lambda: lipjax.local_lipschitz(network, x, 0.1, **options),
+        lambda: lipjax.global_lipschitz(network, **options),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+def test_labels_that_do_not_fit_are_refused():
+    network, x, label = case("dense clipped")
+    for wrong in (label[:2], label.astype(np.float32), label[:, None]):
+        with pytest.raises(ValueError, match=rf"label has shape .*{wrong.shape[0]}.* expected 3 integers"):
+            certify(network, x, wrong, 0.1)
+
+
+# The ledger, and whose starts are whose
+
+
+def test_the_ledger_counts_the_starts_of_the_whole_layers_and_of_every_example_and_block():
+    network, x, label = case("conv relu", count=2 * BATCH)
+    certifier = Certifier(network, 2 * BATCH, key=KEY, delta=1e-3, rounds=2)
+    assert certifier.ledger.planned == 3 + 3 * 6 * 2
+    assert certifier.ledger.delta_per_start * certifier.ledger.planned == pytest.approx(1e-3)
+    assert certifier.level.delta == certifier.ledger.delta_per_start
+    counts = [certifier.ledger.starts]
+    for index, round_ in [([0, 1, 2], 0), ([3, 4, 5], 0), ([0, 1, 2], 1)]:
+        certifier.locally(x[index], label[index], 0.1, np.array(index), round_)
+        counts.append(certifier.ledger.starts)
+    certifier.globally(x[:BATCH], label[:BATCH], 0.1)
+    assert [*counts, certifier.ledger.starts] == [3, 12, 21, 30, 30]
+    assert 0 < certifier.ledger.largest_gap <= 1e-3
+
+
+def constants_of(places, index, key=KEY, round_=0, rtol=1e3, delta=1e-6):
+    """Local constants of some of six examples, by a certifier of its own.
+
+    The layers are wide, and where rtol is large only their first eight Lanczos vectors are found: starts matter.
+    """
+    network, x, label = case("conv relu", seed=2, count=2 * BATCH, shift=0.3)
+    certifier = Certifier(network, 2 * BATCH, key=key, rounds=2, rtol=rtol, delta=delta)
+    return certifier.locally(x[places], label[places], 0.05, np.array(index), round_).certificate.lipschitz
+
+
+def test_an_example_has_the_same_constant_in_any_batch_and_order():
+    first = constants_of([0, 1, 2], [0, 1, 2])
+    np.testing.assert_allclose(constants_of([2, 5, 0], [2, 5, 0])[[2, 0]], first[[0, 2]], rtol=1e-9)
+
+
+def test_a_smaller_delta_gives_larger_constants():
+    bold, careful = (constants_of([0, 1, 2], [0, 1, 2], delta=delta) for delta in (0.5, 1e-9))
+    assert np.all(bold < careful)
+
+
+@pytest.mark.parametrize("change", [{"index": [3, 4, 5]}, {"round_": 1}, {"key": jax.random.key(1)}])
+def test_another_index_round_or_key_draws_other_starts(change):
+    options = {"index": [0, 1, 2], **change}
+    one, other = constants_of([0, 1, 2], [0, 1, 2]), constants_of([0, 1, 2], **options)
+    assert np.all(np.abs(one / other - 1) > 1e-6)
+
+
+def test_two_keys_differ_by_less_than_the_gap_allows():
+    one, other = (constants_of([0, 1, 2], [0, 1, 2], key=jax.random.key(seed), rtol=1e-3) for seed in (0, 1))
+    assert np.any(one != other)
+    np.testing.assert_allclose(one, other, rtol=(1 + 1e-3) ** 3 - 1)
+
+
+# Breaking certificates
+
+
+def attack(network, x, label, eps, certified):
+    """Certified examples must keep their prediction at points of the ball, in float64 and in float32."""
+    exact = oracles.DenseNetwork(network)
+    for i in np.flatnonzero(certified):
+        center, rng = x[i].astype(np.float64).ravel(), np.random.default_rng(0)
+        with np.errstate(all="ignore"):
+            jacobian = exact.jacobian(center)
+            rivals = (exact.head[0] - exact.head[0][label[i]]) @ jacobian
+        largest = np.abs(rivals).max()
+        directions = np.concatenate([jacobian, rivals]) / (largest if largest > 0 else 1)
+        points = oracles.ball_points(rng, center, eps * (1 - 1e-6), 40, directions)
+        assert np.all(np.argmax(exact.logits(points), axis=1) == label[i])
+        narrow = network(jnp.asarray(points.reshape(-1, *network.input_shape), jnp.float32))
+        assert np.all(np.argmax(narrow, axis=1) == label[i])
+
+
+def changed(network, **changes):
+    """The network with leaves replaced: names are those of ``leaves``, values functions of the array."""
+    blocks = list(network.blocks)
+    head = network.head
+    for name, change in changes.items():
+        place, field = name.split("_")
+        if place == "head":
+            head = dataclasses.replace(head, **{field: change(getattr(head, field))})
+            continue
+        block, part = blocks[int(place[1:])], "activation" if field == "theta" else "affine"
+        old = getattr(block, part)
+        new = dataclasses.replace(old, **{field: change(getattr(old, field))})
+        blocks[int(place[1:])] = dataclasses.replace(block, **{part: new})
+    return lipjax.Network(tuple(blocks), head)
+
+
+LEAVES = ["b0_kernel", "b0_bias", "b0_theta", "b1_kernel", "b1_bias", "b1_theta", "head_kernel", "head_bias"]
+
+
+@settings(max_examples=40)
+@given(networks, SEEDS, st.floats(0.001, 0.3))
+def test_a_certified_example_keeps_its_prediction(network, seed, eps):
+    x = oracles.random_inputs(network, seed, BATCH)
+    label = predictions(network, x)
+    attack(network, x, label, eps, certify(network, x, label, eps).certified)
+
+
+def test_a_small_radius_is_certified_and_a_huge_one_is_not():
+    network, x, label = case("dense clipped", seed=1)
+    certified = np.array([certify(network, x, label, eps).certified for eps in (1e-4, 1e-2, 0.1, 1.0, 10.0)])
+    assert certified[0].all()
+    assert not certified[-1].any()
+
+
+@pytest.mark.parametrize("leaf", LEAVES)
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_a_weight_that_is_not_finite_is_not_certified(leaf, bad):
+    network, x, label = case("dense clipped", seed=1)
+    assert certify(network, x, label, 1e-4).certified.all()
+    broken = changed(network, **{leaf: lambda a: a.at[(0,) * a.ndim].set(bad)})
+    own = np.argmax(broken(jnp.asarray(x)), axis=1)
+    for labels, level in [(label, "probabilistic"), (own, "probabilistic"), (own, "estimate")]:
+        found = certify(broken, x, labels, 1e-4, level=level)
+        if leaf.endswith("theta") and bad == np.inf:  # no clip
+            attack(broken, x, labels, 1e-4, found.certified)
+        else:
+            assert not found.certified.any()
+
+
+@pytest.mark.parametrize("eps", [0.0, 1e-6, 0.1])
+def test_a_tie_is_not_certified(eps):
+    network, x, label = case("dense clipped", seed=1)
+    rival = (label[0] + 1) % 3
+
+    def twin(a):
+        return a.at[..., rival].set(a[..., label[0]])
+
+    twins = changed(network, head_kernel=twin, head_bias=twin)
+    tied = predictions(twins, x)
+    same = np.isin(tied, [label[0], rival])
+    assert same.any()
+    for labels in (tied, np.full(BATCH, label[0]), np.full(BATCH, rival)):
+        assert not certify(twins, x, labels, eps).certified[same].any()
+    flat = changed(network, head_kernel=jnp.zeros_like, head_bias=jnp.zeros_like)
+    assert not any(certify(flat, x, np.full(BATCH, j), eps).certified.any() for j in range(3))
+
+
+def test_a_wrong_label_is_not_certified():
+    network, x, label = case("dense clipped", seed=1)
+    for other in (1, 2):
+        assert not certify(network, x, (label + other) % 3, 0.0).certified.any()
+
+
+@pytest.mark.parametrize("scales", [(1e-6, 1e6, 1), (1e6, 1e-6, 1), (1e-6, 1, 1e6), (1e6, 1e6, 1e-6), (1e-6, 1e-6, 1)])
+def test_tiny_and_huge_weights_are_not_wrongly_certified(scales):
+    network, x, _ = case("dense clipped", seed=1)
+    rest = np.cumprod(scales)  # biases and clips grow with the activations, so that the network does the same
+    factors = [scales[0], rest[0], rest[0], scales[1], rest[1], rest[1], scales[2], rest[2]]
+    network = changed(network, **{leaf: lambda a, f=float(f): a * f for leaf, f in zip(LEAVES, factors, strict=True)})
+    label = predictions(network, x)
+    certified = []
+    for eps in (1e-3, 0.03, 0.3, 3.0):
+        found = certify(network, x, label, eps)
+        attack(network, x, label, eps, found.certified)
+        certified.append(np.asarray(found.certified))
+        exact = oracle_lipschitz(network, x, eps)
+        assert np.all(np.asarray(found.lipschitz, np.float64) >= exact * (1 - 1e-13))
+    assert certified[0].any()
+    assert not certified[-1].all()
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1e6])
+@pytest.mark.parametrize("leaf", ["b0_kernel", "b1_kernel", "head_kernel"])
+def test_one_layer_of_tiny_or_huge_weights_is_not_wrongly_certified(leaf, scale):
+    network, x, _ = case("dense clipped", seed=1)
+    network = changed(network, **{leaf: lambda a: a * scale})
+    label = predictions(network, x)
+    for eps in (1e-8, 1e-3, 0.3):
+        attack(network, x, label, eps, certify(network, x, label, eps).certified)
+
+
+@pytest.mark.parametrize("place", ["b0", "b1"])
+@pytest.mark.parametrize("dead", ["bias", "theta"])
+def test_a_layer_that_is_dead_has_the_constant_0_and_is_certified_only_without_a_tie(place, dead):
+    network, x, _ = case("dense clipped", seed=1)
+    network = changed(network, **{f"{place}_{dead}": lambda a: jnp.full_like(a, -100.0 if dead == "bias" else 0.0)})
+    label = predictions(network, x)
+    found = certify(network, x, label, 1.0)
+    assert not np.any(found.lipschitz)
+    assert found.certified.all()  # its features do not depend on the input
+    attack(network, x, label, 1.0, found.certified)
+    level = changed(network, head_bias=jnp.zeros_like, head_kernel=jnp.ones_like)
+    assert not certify(level, x, np.zeros(BATCH, np.int32), 1.0).certified.any()

@@ -25,6 +25,7 @@ from lipjax.margins import box_and_ball, pairwise_lipschitz, worst_logits, worst
 from lipjax.models import Residual
 from lipjax.networks import Block, Fork, Join, Network
 from lipjax.reading import from_flax
+from lipjax.records import load_certificates
 from lipjax.regions import Region, l2_ball
 from lipjax.robustness import certified_radius, certify, global_lipschitz, local_lipschitz
 from lipjax.spectral import LinearMap, converged_norm, power_iteration
@@ -67,6 +68,7 @@ __all__ = [
     "global_norms",
     "gloro",
     "l2_ball",
+    "load_certificates",
     "local_lipschitz",
     "masked_row_norms",
     "mixed",

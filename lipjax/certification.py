@@ -10,11 +10,12 @@ from typing import Any
 
 import jax
 
-from lipjax import reports, runs, settings
-from lipjax.data import load
+from lipjax import figures, reports, runs, settings
+from lipjax.data import from_file, load
 from lipjax.errors import InputError
 from lipjax.evaluation import evaluate
 from lipjax.reading import from_flax
+from lipjax.records import fingerprint, save_certificates
 
 
 def certify(
@@ -26,6 +27,7 @@ def certify(
     batch_size: int | None = None,
     which: str = "best",
     output: pathlib.Path | None = None,
+    file: pathlib.Path | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     """Certify a trained model of a run, print the table and write certificates and summary.
@@ -38,6 +40,7 @@ def certify(
         batch_size: examples per call; default the config's.
         which: ``"best"`` or ``"last"`` checkpoint.
         output: folder of the files; default the run's.
+        file: certify the images of this ``.npz`` in place of a split; see :func:`lipjax.data.from_file`.
         **options: ``level``, ``delta``, ``rtol``, ``triage`` and ``radius`` as of :func:`lipjax.evaluation.evaluate`.
 
     Returns:
@@ -53,7 +56,10 @@ def certify(
     for name, value in (("--limit", limit), ("--batch-size", batch_size)):
         if value is not None and value < 1:
             raise InputError(f"{name}={value} cannot be used; give at least 1")
-    dataset = load(config.data.name, split, config.data.dir, config.data.cache)
+    if file is None:
+        dataset = load(config.data.name, split, config.data.dir, config.data.cache)
+    else:
+        dataset = from_file(file, config.data.name)
     model, facts = runs.restore_model(workdir, config, dataset, which)
     network = from_flax(model, dataset.images.shape[1:])
     chosen = dataset.take(slice(limit))
@@ -63,20 +69,23 @@ def certify(
     except ValueError as error:
         raise InputError(str(error)) from None
     summary = {
-        "dataset": config.data.name,
-        "split": split,
+        "dataset": config.data.name if file is None else file.name,
+        "split": split if file is None else "file",
         **found.summary,
         "checkpoint": facts["checkpoint"],
         "checkpoint_step": facts["step"],
         "checkpoint_epoch": facts["epoch"],
         "params_sha256": facts["params_sha256"],
+        "network_sha256": fingerprint(network),
         "method": config.method.name,
         "seed": config.seed,
         "device": jax.devices()[0].device_kind,
         "versions": versions(),
     }
-    reports.write_certificates(output or workdir, found.columns, summary)
+    folder = output or workdir
+    save_certificates(folder, found.columns, summary)
     reports.print_table(summary)
+    figures.write_report(folder, found, chosen, summary)
     return summary
 
 

@@ -95,6 +95,7 @@ class Certifier:
         rtol: float = 1e-3,
     ) -> None:
         self.examples, self.rounds = examples, rounds
+        self.used = np.zeros((rounds, examples), bool)
         self.level = level_of(network, examples, level, delta, key, rounds, rtol)
         self.key = jax.random.key(0) if key is None else key
         self.network = network
@@ -141,7 +142,7 @@ class Certifier:
             ceilings: upper bounds of the norms (B, blocks) known already, as from a larger eps; default none.
 
         Raises:
-            ValueError: more examples or rounds than delta was divided by.
+            ValueError: more examples or rounds than delta was divided by, or an example twice in a round.
         """
         index = np.asarray(index)
         if (index.size and index.max() >= self.examples) or round_ >= self.rounds:
@@ -149,6 +150,14 @@ class Certifier:
                 f"example {index.max()} in round {round_} was not planned: delta was divided by {self.examples} "
                 f"examples and {self.rounds} rounds; make a Certifier for more"
             )
+        if self.level.name == "probabilistic":
+            if self.used[round_, index].any():
+                again = index[self.used[round_, index]][0]
+                raise ValueError(
+                    f"example {again} has been bounded in round {round_} before: its starts may not serve other masks; "
+                    "use the next round"
+                )
+            self.used[round_, index] = True
         keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.fold_in(self.key, 1 + round_)))(index)
         known = np.broadcast_to(self.sigmas, (len(index), len(self.sigmas)))
         ceilings = known if ceilings is None else np.minimum(known, ceilings)

@@ -58,6 +58,7 @@ def certify(parser: Parser, arguments: list[str]) -> None:
     parser.add_argument("--workdir", type=pathlib.Path, required=True, help="folder of a run of train.py")
     parser.add_argument("--eps", type=float, help="l2 radius in [0, 1] pixels; default: the config's")
     parser.add_argument("--split", default="test", choices=("test", "train"), help="default: test")
+    parser.add_argument("--data", type=pathlib.Path, help="an .npz of your own images and labels in place of a split")
     parser.add_argument("--limit", type=int, help="only the first so many images")
     parser.add_argument("--batch-size", type=int, help="images per call; default: the config's")
     parser.add_argument("--checkpoint", default="best", choices=("best", "last"), help="default: best on validation")
@@ -81,5 +82,6 @@ def certify(parser: Parser, arguments: list[str]) -> None:
         rtol=options.rtol,
         triage=not options.no_triage,
         radius=options.radius,
+        file=options.data,
     )
-    print(f"\nfiles: {options.output or options.workdir}/certificates.npz, certificates.csv, summary.json")
+    print(f"\nfiles: {options.output or options.workdir}/certificates.npz, certificates.csv, summary.json, report.md")

@@ -20,6 +20,8 @@ from lipjax.errors import InputError
 
 TFDS_NAMES = ("mnist", "cifar10")
 NAMES = ("digits", *TFDS_NAMES)
+SHAPES = {"digits": (8, 8, 1), "mnist": (28, 28, 1), "cifar10": (32, 32, 3)}
+NUM_CLASSES = 10
 DIGITS_TEST, DIGITS_SEED = 360, 0  # the fixed stratified split: 1,437 training and 360 test images
 
 
@@ -28,9 +30,9 @@ class Dataset:
     """Images and labels of one split.
 
     Attributes:
-        images: uint8 (n, H, W, C).
+        images: uint8 (n, H, W, C), or float32 in [0, 1].
         labels: int32 (n,).
-        scale: the uint8 value that stands for 1.0.
+        scale: the value that stands for 1.0.
         num_classes: number of classes.
     """
 
@@ -45,6 +47,41 @@ class Dataset:
     def take(self, index: np.ndarray | slice) -> Dataset:
         """The examples at the given places."""
         return dataclasses.replace(self, images=self.images[index], labels=self.labels[index])
+
+
+def from_file(path: pathlib.Path, name: str) -> Dataset:
+    """A user's own images, for a model of a known data set.
+
+    Args:
+        path: an ``.npz`` file with ``images`` (n, H, W, C), uint8 or floating-point in [0, 1], and ``labels`` (n,).
+        name: data set whose shape and classes the images must have.
+
+    Raises:
+        InputError: what is wrong with the file, and what is expected.
+    """
+    shape, classes = SHAPES[name], NUM_CLASSES
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {key: file[key] for key in ("images", "labels")}
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise InputError(f"--data={path} cannot be read: {error}; give an .npz with images and labels") from None
+    images, labels = arrays["images"], arrays["labels"]
+    if images.ndim != 4 or images.shape[1:] != shape or not len(images):
+        raise InputError(f"--data={path}: images have shape {images.shape}; the model of {name} takes (n, *{shape})")
+    if labels.shape != images.shape[:1] or not np.issubdtype(labels.dtype, np.integer):
+        raise InputError(f"--data={path}: labels are {labels.dtype} {labels.shape}; expected {len(images)} integers")
+    if labels.min() < 0 or labels.max() >= classes:
+        raise InputError(
+            f"--data={path}: labels reach from {labels.min()} to {labels.max()}; expected 0 to {classes - 1}"
+        )
+    if images.dtype == np.uint8:
+        return Dataset(images, labels.astype(np.int32), 255, classes)
+    if not np.issubdtype(images.dtype, np.floating) or not (images.min() >= 0 and images.max() <= 1):
+        raise InputError(
+            f"--data={path}: images are {images.dtype} from {images.min()} to {images.max()}; expected uint8, or "
+            "floating-point pixels in [0, 1]"
+        )
+    return Dataset(images.astype(np.float32), labels.astype(np.int32), 1, classes)
 
 
 def load(name: str, split: str, data_dir: str | None = None, cache_dir: str | None = None) -> Dataset:
@@ -72,7 +109,7 @@ def load(name: str, split: str, data_dir: str | None = None, cache_dir: str | No
     source = pathlib.Path(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
     cache = pathlib.Path(cache_dir or os.environ.get("LIPJAX_CACHE") or "~/.cache/lipjax").expanduser()
     images, labels = _cached(name, split, source, cache)
-    return Dataset(images, labels, scale=255, num_classes=10)
+    return Dataset(images, labels, scale=255, num_classes=NUM_CLASSES)
 
 
 def train_and_validation(train: Dataset, validation: int, seed: int) -> tuple[Dataset, Dataset]:

@@ -39,10 +39,16 @@ class Evaluation:
         columns: per example: index, label, prediction, worst_margin, lipschitz, certified, attacked and stage, the
             one that decided: "prediction" (it is wrong), "global", "attack" or "local".
         summary: the figures of the whole, ready for JSON.
+        local: places of the examples that were bounded with their own norms (M,).
+        live: share of varying neurons of those (M, blocks).
+        products: products that each of their norms took (M, blocks).
     """
 
     columns: Columns
     summary: dict[str, Any]
+    local: np.ndarray
+    live: np.ndarray
+    products: np.ndarray
 
 
 def evaluate(
@@ -169,7 +175,7 @@ def evaluate(
         **curves,
         "seconds": watch.laps,
     }
-    return Evaluation(columns, summary)
+    return Evaluation(columns, summary, local, live[local], products[local])
 
 
 def _local_figures(lipschitz: np.ndarray, whole: float, live: np.ndarray, products: np.ndarray) -> dict[str, Any]:

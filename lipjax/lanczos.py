@@ -24,10 +24,13 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from lipjax.spectral import length
+
 CHUNK = 8  # vectors that are orthogonalised against at a time
 CHECK_EVERY = 8  # steps between two looks at the gap
 HALVINGS = 40  # of the logarithm of the root's bracket
 BREAKDOWN = 1e-13  # an off-diagonal below this share of the largest diagonal entry ends the process
+NOISE = 1e-15  # share of the largest diagonal entry that rounding leaves in an off-diagonal that should be zero
 ROUNDING = 1e-12  # added to t for the rounding of products and recurrence
 
 
@@ -48,22 +51,22 @@ class Enclosure:
     steps: Array
 
 
-def smallest_start(delta: float, length: int) -> float:
+def smallest_start(delta: float, entries: int) -> float:
     """t_delta = delta sqrt(pi / (2 n)): a random unit vector of length n has a smaller part along a given direction
     with a probability of at most delta.
 
     Args:
         delta: probability of failure of one start.
-        length: n, entries of the start.
+        entries: n, of the start.
 
     Raises:
         ValueError: t_delta would be below what float64 can resolve.
     """
-    t_delta = delta * math.sqrt(math.pi / (2 * length))
+    t_delta = delta * math.sqrt(math.pi / (2 * entries))
     if t_delta < 1e-15:
-        smallest = 1e-15 / math.sqrt(math.pi / (2 * length))
+        smallest = 1e-15 / math.sqrt(math.pi / (2 * entries))
         raise ValueError(
-            f"delta leaves {delta:.3g} for one start of {length} entries, which float64 cannot resolve; the smallest "
+            f"delta leaves {delta:.3g} for one start of {entries} entries, which float64 cannot resolve; the smallest "
             f"share that works is {smallest:.3g}: give a delta {smallest / delta:.3g} times as large, or fewer examples"
         )
     return t_delta
@@ -99,17 +102,19 @@ def enclose(
     Reference:
         [DHV00], [Hoc13].
     """
-    batch, length = start.shape
-    capacity = -(-min(max_steps, length) // CHUNK) * CHUNK
+    batch, entries = start.shape
+    capacity = -(-min(max_steps, entries) // CHUNK) * CHUNK
     zeros = jnp.zeros((batch,), start.dtype)
+    dimension = jnp.sum(start != 0, axis=1)
     initial = (
         jnp.int32(0),
-        jnp.zeros((capacity // CHUNK, batch, CHUNK, length), start.dtype),
+        jnp.zeros((capacity // CHUNK, batch, CHUNK, entries), start.dtype),
         start,
         jnp.zeros_like(start),
         jnp.zeros((capacity, batch), start.dtype),
         jnp.zeros((capacity, batch), start.dtype),
         jnp.full((batch,), capacity + 1, jnp.int32),
+        jnp.zeros((batch,), bool),
         zeros,
         jnp.full_like(zeros, ceiling),
     )
@@ -119,7 +124,7 @@ def enclose(
         return (step < capacity) & (jnp.mean(upper > lower * (1 + rtol)) > leave)
 
     def advance(carry: tuple) -> tuple:
-        step, basis, u, last, diagonal, off, size, lower, upper = carry
+        step, basis, u, last, diagonal, off, size, exact, lower, upper = carry
         zero = jnp.zeros_like(step)
         basis = lax.dynamic_update_slice(basis, u[None, :, None], (step // CHUNK, zero, step % CHUNK, zero))
         image = gram(u)
@@ -128,17 +133,22 @@ def enclose(
         image = image - along[:, None] * u - jnp.where(step > 0, off[step - 1], 0)[:, None] * last
         image = _orthogonal(image, basis, step)
         residual = _lengths(image)
-        off = off.at[step].set(residual)
-        broken = residual <= BREAKDOWN * jnp.max(diagonal, axis=0)
+        largest = jnp.max(diagonal, axis=0)
+        broken = residual <= BREAKDOWN * largest
+        # Where the basis spans everything, nothing is left out. Else the start may have had so small a part outside of
+        # the invariant space that rounding hides it, and the residual counts with its noise.
+        ends = broken & (size > capacity)
+        exact = exact | (ends & ((step + 1 >= dimension) | (largest == 0)))
+        off = off.at[step].set(jnp.where(broken, residual + NOISE * largest, residual))
         size = jnp.where(broken, jnp.minimum(size, step + 1), size)
         u, last = jnp.where(broken[:, None], 0, image / jnp.where(broken, 1, residual)[:, None]), u
         look = ((step + 1) % CHECK_EVERY == 0) | (step + 1 == capacity)
         lower, upper = lax.cond(
             look,
-            lambda: _bounds(diagonal, off, size, step + 1, t_delta, lower, upper),
+            lambda: _bounds(diagonal, off, size, exact, step + 1, t_delta, lower, upper),
             lambda: (lower, upper),
         )
-        return step + 1, basis, u, last, diagonal, off, size, lower, upper
+        return step + 1, basis, u, last, diagonal, off, size, exact, lower, upper
 
     step, *_, lower, upper = lax.while_loop(unfinished, advance, initial)
     return Enclosure(lower, upper, step)
@@ -163,20 +173,26 @@ def _orthogonal(vector: Array, basis: Array, step: Array) -> Array:
 
 
 def _lengths(vectors: Array) -> Array:
-    return jnp.sqrt(jnp.sum(vectors**2, axis=1))
+    return jax.vmap(length)(vectors)
 
 
 def _bounds(
-    diagonal: Array, off: Array, size: Array, steps: Array, t_delta: Array | float, lower: Array, upper: Array
+    diagonal: Array,
+    off: Array,
+    size: Array,
+    exact: Array,
+    steps: Array,
+    t_delta: Array | float,
+    lower: Array,
+    upper: Array,
 ) -> tuple[Array, Array]:
     """Square roots of the largest eigenvalue of T_k and of the root of p_k(t) = 1 / t_delta, for each example.
 
     p_k(t) is the product of the pivots d_j of t I - T_k over that of the off-diagonals, and t is above the largest
     eigenvalue exactly where all pivots are positive. Both roots are found by halving the logarithm of a bracket, and
-    its outer end is what counts.
+    its outer end is what counts. Where T_k is ``exact``, its largest eigenvalue is sigma^2.
     """
     capacity = diagonal.shape[0]
-    ended = size <= steps  # the process broke down: the largest eigenvalue is sigma^2
     count = jnp.minimum(size, steps)
     place = jnp.arange(capacity)[:, None]
     used = place < count[None]
@@ -184,7 +200,7 @@ def _bounds(
     # Where t >= a_j + b_{j-1} / c + b_j c for every j, all p_j / p_{j-1} are at least c.
     growth = t_delta ** (-1 / jnp.maximum(count, 1))
     inner = jnp.where(place < count[None] - 1, off, 0)
-    residual = jnp.where((place == count[None] - 1) & ~ended[None], off, 0)
+    residual = jnp.where((place == count[None] - 1) & ~exact[None], off, 0)
     before = jnp.concatenate([jnp.zeros_like(off[:1]), inner[:-1]])
     top = jnp.max(jnp.where(used, diagonal + before / growth[None] + (inner + residual) * growth[None], 0), axis=0)
     least = jnp.max(jnp.where(used, diagonal, 0), axis=0)
@@ -192,7 +208,7 @@ def _bounds(
     def log_pivots(t: Array) -> tuple[Array, Array]:
         def pivot(j: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             total, last, positive = carry
-            d = t - diagonal[j][None] - before[j][None] ** 2 / jnp.where(last > 0, last, 1)
+            d = t - diagonal[j][None] - before[j][None] * (before[j][None] / jnp.where(last > 0, last, 1))
             counts = (j < count)[None]
             positive = jnp.where(counts, positive & (d > 0), positive)
             return jnp.where(counts, total + jnp.log(jnp.where(d > 0, d, 1)), total), d, positive
@@ -205,7 +221,7 @@ def _bounds(
         low, high = bracket
         middle = jnp.sqrt(low) * jnp.sqrt(high)
         total, positive = log_pivots(middle)
-        above = positive & jnp.stack([jnp.ones_like(ended), ended | (total[1] >= target)])
+        above = positive & jnp.stack([jnp.ones_like(exact), exact | (total[1] >= target)])
         return jnp.where(above, low, middle), jnp.where(above, middle, high)
 
     pair = (jnp.stack([least, least]), jnp.stack([top, top]))

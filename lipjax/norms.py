@@ -109,8 +109,9 @@ class Lanczos:
     def __call__(self, place: int, layer: Affine, rows: Array, columns: Array, keys: Array, ceiling: Any) -> Norms:
         count, length = rows.shape[0], min(math.prod(layer.in_shape), math.prod(layer.out_shape))
         t_delta = lanczos.smallest_start(self.delta, length)
-        lower, upper, products = np.zeros(count), np.array(np.broadcast_to(ceiling, count)), np.zeros(count, int)
-        ceiling = upper.copy()
+        layer, scale = _scaled(layer)
+        lower, upper = np.zeros(count), np.array(np.broadcast_to(ceiling, count)) / scale
+        ceiling, products = upper.copy(), np.zeros(count, int)
         unfinished, steps = np.arange(count), min(FIRST_STEPS, self.max_steps)
         while unfinished.size:
             size = max(1, min(count, self.batch_size, _room(steps, length)))
@@ -129,7 +130,7 @@ class Lanczos:
             steps = min(2 * steps, self.max_steps)
         with np.errstate(invalid="ignore", divide="ignore"):
             gap = np.where(upper == 0, 0.0, upper / lower - 1)
-        return Norms(upper, products, gap)
+        return Norms(upper * scale, products, gap)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,11 +151,12 @@ class Deterministic:
     def __call__(self, place: int, layer: Affine, rows: Array, columns: Array, keys: Array, ceiling: Any) -> Norms:
         length = min(math.prod(layer.in_shape), math.prod(layer.out_shape))
         bound = _gram_norms if length <= self.small else _schur_norms
+        layer, scale = _scaled(layer)
         sigma = np.asarray(bound(layer, rows, columns))
         if length > self.small and isinstance(layer, Conv) and np.isinf(ceiling).all():
-            ceiling = deterministic.circulant_norm(layer)
+            ceiling = deterministic.circulant_norm(layer) * scale
         # Infinite where anything was not finite: a comparison with NaN would hide it.
-        sigma = np.where(np.isfinite(sigma), np.minimum(sigma, ceiling), np.inf)
+        sigma = np.where(np.isfinite(sigma), np.minimum(sigma * scale, ceiling), np.inf)
         return Norms(sigma, np.full(len(sigma), 2 * length if length <= self.small else 2), np.full(len(sigma), np.nan))
 
 
@@ -162,6 +164,15 @@ def parts(places: np.ndarray, size: int) -> Iterator[np.ndarray]:
     """Batches of one size; the last one is filled up by repeating its own places."""
     for start in range(0, len(places), size):
         yield np.resize(places[start : start + size], size)
+
+
+def _scaled(layer: Affine) -> tuple[Affine, float]:
+    """The layer divided by a power of two near its largest weight, and that power: squares stay within float64."""
+    largest = float(np.max(np.abs(np.asarray(layer.kernel)), initial=0))
+    if not 0 < largest < np.inf:
+        return layer, 1.0
+    scale = 2.0 ** math.frexp(largest)[1]
+    return dataclasses.replace(layer, kernel=layer.kernel / scale), scale
 
 
 def _room(steps: int, length: int) -> int:

@@ -1,14 +1,11 @@
-"""Reports: the log of a run, tables for the terminal, files of certificates, figures."""
+"""Reports: the log of a run, and tables for the terminal."""
 
 from __future__ import annotations
 
 import csv
 import json
 import pathlib
-import sys
 from typing import Any
-
-import numpy as np
 
 Row = dict[str, Any]
 # What a level is worth, said wherever it is printed.
@@ -35,7 +32,7 @@ def read_rows(workdir: pathlib.Path, before: int) -> list[Row]:
 
 def write_rows(workdir: pathlib.Path, rows: list[Row]) -> None:
     """Write the log, ``metrics.jsonl`` and ``metrics.csv``, one row per epoch."""
-    _replace(workdir / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    replace_text(workdir / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     with (workdir / "metrics.csv.partial").open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[-1]), restval="")
         writer.writeheader()
@@ -63,22 +60,11 @@ def short(row: Row) -> str:
     )
 
 
-def _replace(path: pathlib.Path, text: str) -> None:
+def replace_text(path: pathlib.Path, text: str) -> None:
     """Write a file in one move."""
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text)
     partial.replace(path)
-
-
-def write_certificates(folder: pathlib.Path, columns: dict[str, np.ndarray], summary: Row) -> None:
-    """Write ``certificates.npz``, ``certificates.csv`` (one row per example) and ``summary.json`` into a folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    np.savez_compressed(folder / "certificates.npz", level=np.asarray(summary["level"]), **columns)
-    with (folder / "certificates.csv").open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(columns)
-        writer.writerows(zip(*(column.tolist() for column in columns.values()), strict=True))
-    _replace(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
 
 
 def print_table(summary: Row) -> None:
@@ -109,32 +95,3 @@ def print_table(summary: Row) -> None:
             f"WARNING: {counts['certified_but_attacked']} examples count as certified, but PGD broke them: "
             f"level {summary['level']} is no proof"
         )
-
-
-def plot_learning_curves(workdir: pathlib.Path, path: pathlib.Path) -> None:
-    """Draw accuracies, Lipschitz constants, varying neurons and the gap of the norms against the epoch."""
-    from matplotlib.figure import Figure
-
-    rows = read_rows(workdir, before=sys.maxsize)
-    epochs = [row["epoch"] for row in rows]
-    figure = Figure(figsize=(11, 7), layout="constrained")
-    panels = figure.subplots(2, 2)
-    blocks = [key.removeprefix("live_") for key in rows[0] if key.startswith("live_")]
-    accuracies = ("clean_accuracy", "certified_accuracy", "validation_clean_accuracy", "validation_certified_accuracy")
-    curves = {
-        "accuracy": {key: key.removesuffix("_accuracy").replace("_", " ") for key in accuracies},
-        "Lipschitz constant (estimate)": {"local_lipschitz": "local", "global_lipschitz": "global"},
-        "share of varying neurons": {f"live_{k}": f"block {k}" for k in blocks},
-        "training norm / converged norm": {
-            "probe_lipschitz_ratio": "product",
-            **{f"probe_sigma_ratio_{k}": f"block {k}" for k in blocks},
-        },
-    }
-    for panel, (title, keys) in zip(panels.ravel(), curves.items(), strict=True):
-        for key, label in keys.items():
-            if key in rows[0]:
-                panel.plot(epochs, [row[key] for row in rows], label=label, marker=".")
-        panel.set(title=title, xlabel="epoch")
-        panel.grid(alpha=0.3)
-        panel.legend(fontsize="small")
-    figure.savefig(path, dpi=120)

@@ -203,6 +203,7 @@ def _outward(values: np.ndarray, towards: float) -> Array:
     """As float64, or as float32 rounded towards plus or minus infinity where 64 bits are not enabled."""
     if jax.config.jax_enable_x64 or values.dtype == np.float32:
         return jnp.asarray(values)
-    narrow = values.astype(np.float32)
+    with np.errstate(over="ignore"):  # beyond the range of float32 it becomes infinite, or the largest number
+        narrow = values.astype(np.float32)
     inward = narrow < values if towards > 0 else narrow > values
     return jnp.asarray(np.where(inward, np.nextafter(narrow, np.float32(towards)), narrow))

@@ -104,12 +104,14 @@ def test_a_cap_that_is_hit_leaves_a_looser_bound_that_still_holds():
     assert np.all(upper >= 1)
 
 
-def test_a_scaled_matrix_has_a_scaled_bound():
+# A power of two scales without rounding; another factor changes the noise in which a breakdown ends.
+@pytest.mark.parametrize(("scale", "rtol"), [(1024.0, 1e-12), (1e3, 1e-4)])
+def test_a_scaled_matrix_has_a_scaled_bound(scale, rtol):
     rng = np.random.default_rng(2)
     matrices, start = random_matrices(rng, 24), units(rng, BATCH, 24)
     _, upper, _ = enclosed(matrices, start, max_steps=8)
-    _, scaled, _ = enclosed(1e3 * matrices, start, max_steps=8)
-    np.testing.assert_allclose(scaled, 1e3 * upper, rtol=1e-9)
+    _, scaled, _ = enclosed(scale * matrices, start, max_steps=8)
+    np.testing.assert_allclose(scaled, scale * upper, rtol=rtol)
 
 
 def test_a_zero_map_and_a_zero_start_have_the_bound_zero():
@@ -124,7 +126,8 @@ def test_an_orthogonal_map_has_the_bound_1():
     rng = np.random.default_rng(4)
     matrices = np.stack([with_spectrum(rng, ROWS, np.ones(24)) for _ in range(BATCH)])
     _, upper, _ = enclosed(matrices, units(rng, BATCH, 24))
-    np.testing.assert_allclose(upper, 1, rtol=1e-9)
+    np.testing.assert_allclose(upper, 1, rtol=1e-4)
+    assert np.all(upper >= 1)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 1e200])
@@ -305,7 +308,6 @@ def test_a_start_with_the_smallest_part_that_counts_never_fails(name, part):
         assert np.all(upper >= values[0])
 
 
-@pytest.mark.xfail(strict=True, reason="a breakdown ends the process although b_k / t_delta is not small")
 def test_a_process_that_breaks_down_does_not_forget_a_part_that_counts():
     values, part = np.where(np.arange(24) == 0, 1.1, 1.0), 1e-13
     start = np.zeros((1, 24))
@@ -314,12 +316,14 @@ def test_a_process_that_breaks_down_does_not_forget_a_part_that_counts():
     assert upper[0] >= 1.1
 
 
-@pytest.mark.xfail(strict=True, reason="the residual underflows below 1e-80, which passes for a breakdown")
-@pytest.mark.parametrize("scale", [1e-85, 1e-170])
-def test_float64_weights_near_underflow_have_no_smaller_bound(scale):
-    start = units(np.random.default_rng(11), 1, 24)
-    _, upper, _ = enclosed(scale * np.diag(np.linspace(1, 0, 24))[None], start)
-    assert upper[0] >= scale
+@pytest.mark.parametrize("scale", [1e-170, 1e-85, 1e85, 1e150])
+def test_float64_weights_far_from_one_have_true_bounds(scale):
+    with jax.enable_x64(True):
+        layer = dense(jnp.asarray(scale * np.diag(np.linspace(1, 0, 24))), jnp.zeros(24), (24,))
+        masks = (jnp.ones((1, 24), bool),) * 2
+        for level in (norms.Lanczos(1e-6), norms.Deterministic()):
+            found = level(0, layer, *masks, jax.random.split(jax.random.key(0), 1), np.inf)
+            assert scale <= found.sigma[0] <= scale * 1.001
 
 
 # The smallest part

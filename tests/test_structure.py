@@ -16,7 +16,8 @@ ORDER = [
     *("layers", "networks", "functions", "assembly", "reading"),
     *("spectral", "bounds", "margins", "certificates", "lanczos", "rounding", "deterministic", "norms"),
     *("certifier", "radius", "robustness", "losses", "attacks", "schedules", "settings"),
-    *("training", "sharding", "checkpoints", "reports", "runs", "evaluation", "certification", "commands"),
+    *("training", "sharding", "checkpoints", "reports", "records", "runs", "evaluation", "figures"),
+    *("certification", "commands"),
     "__init__",
 ]
 MAX_LINES = 350

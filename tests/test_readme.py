@@ -2,10 +2,12 @@
 
 import pathlib
 import re
+import sys
 
 import numpy as np
 
-README = (pathlib.Path(__file__).parents[1] / "README.md").read_text()
+ROOT = pathlib.Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
 
 
 def test_example_runs_as_printed(capsys):
@@ -21,4 +23,11 @@ def test_example_runs_as_printed(capsys):
 
 def test_local_links_lead_somewhere():
     for target in re.findall(r"\]\((?!http)([^)#]+)", README):
-        assert (pathlib.Path(__file__).parents[1] / target).exists(), target
+        assert (ROOT / target).exists(), target
+
+
+def test_api_page_is_what_the_docstrings_say():
+    sys.path.insert(0, str(ROOT / "docs"))
+    import generate_api
+
+    assert (ROOT / "docs" / "api.md").read_text() == generate_api.page(), "run python docs/generate_api.py"

@@ -1,0 +1,56 @@
+"""Write docs/api.md from the docstrings of what ``import lipjax`` gives: ``python docs/generate_api.py``."""
+
+import dataclasses
+import inspect
+import pathlib
+import re
+
+import lipjax
+
+PAGE = pathlib.Path(__file__).parent / "api.md"
+GROUPS = {
+    "Questions about a network": ("certify", "certified_radius", "local_lipschitz", "global_lipschitz", "Certificate"),
+    "Networks": ("from_flax", "Residual", "Network", "Block", "Fork", "Join"),
+    "Certifying many examples": ("Certifier", "load_certificates"),
+    "Regions and bounds": ("l2_ball", "Region", "propagate", "Bounds", "masked_row_norms", "full_row_norms"),
+    "Norms in a pass": ("Estimate", "WarmStarted", "Given", "global_norms"),
+    "Spectral norms": ("LinearMap", "power_iteration", "converged_norm"),
+    "Worst-case logits and losses": (
+        *("box_and_ball", "pairwise_lipschitz", "worst_logits", "worst_margin"),
+        *("cross_entropy", "gloro", "mixed", "sparsity"),
+    ),
+    "Layers": (
+        *("Dense", "Conv", "Scale", "dense", "convolution"),
+        *("Identity", "ReLU", "ClippedReLU", "MaxMin", "MaxPool"),
+    ),
+    "Attacks": ("pgd",),
+}
+
+
+def page() -> str:
+    """The page, as Markdown."""
+    named = {name for names in GROUPS.values() for name in names} | {"__version__"}
+    if named != set(lipjax.__all__):
+        raise SystemExit(f"GROUPS and lipjax.__all__ differ in {sorted(named ^ set(lipjax.__all__))}")
+    lines = ["# API", "", "Written by `python docs/generate_api.py` from the docstrings.", ""]
+    for title, names in GROUPS.items():
+        lines += [f"## {title}", ""]
+        for name in names:
+            lines += [f"### `{name}`", "", *_signature(name), inspect.cleandoc(getattr(lipjax, name).__doc__), ""]
+    return "\n".join(lines)
+
+
+def _signature(name: str) -> list[str]:
+    """The signature in a block of code; a pytree's fields are in its docstring."""
+    value = getattr(lipjax, name)
+    if dataclasses.is_dataclass(value):
+        return []
+    # Defaults and types that are objects print with addresses.
+    signature = re.sub(r"<[^>]*>", "...", str(inspect.signature(value)))
+    signature = re.sub(r"(: |-> )'([^']*)'", r"\1\2", signature)
+    return ["```python", f"{name}{signature}", "```", ""]
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page())
+    print(f"wrote {PAGE}")

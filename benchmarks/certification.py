@@ -39,7 +39,9 @@ def main() -> None:
         products = " ".join(f"{products:.0f}" for products in summary["products_per_norm"])
         print(f"{level:>14}: {bounded} images at {rates[level]:.2f} images/s; products per norm, by layer: {products}")
         print(
-            f"{'':>16}certified {summary['counts']['certified']}, local / global {summary['mean_local_to_global_ratio']:.4f}"
+        ratio = summary["mean_local_to_global_ratio"]
+        certified = summary["counts"]["certified"]
+        print(f"{'':>16}certified {certified}, mean local / global Lipschitz constant {ratio:.4f}")
         )
     ratio = rates["probabilistic"] / rates["estimate"]
     print(f"probabilistic against estimate: {ratio:.2f} times as many images per second (target: at least 3)")

@@ -67,8 +67,8 @@ class Assembly:
     def rescale(self, scale: Array, shift: Array) -> None:
         """``scale * a + shift`` entry by entry, for arrays that broadcast to the activation."""
         scale, shift = (self._aligned(jnp.asarray(array)) for array in (scale, shift))
-        last = self.steps[-1] if self.steps else None
-        if self.waiting is None and isinstance(last, Block) and last.activation == layers.Identity():
+        last = self._open_block()
+        if self.waiting is None and last is not None:
             per_channel = all(math.prod(array.shape[:-1]) == 1 for array in (scale, shift))
             fits = last.affine.out_shape == self.shape and not isinstance(last.affine, layers.Scale)
             if per_channel and fits and last.affine.bias.shape == self.shape[-1:]:
@@ -84,12 +84,10 @@ class Assembly:
         One that is not element-wise needs the shape that it has in the model, also after a reshape.
         """
         self._flush()
-        last = self.steps[-1] if self.steps else None
-        free = isinstance(last, Block) and last.activation == layers.Identity()
-        if not free or not (elementwise or last.affine.out_shape == self.shape):
-            self._affine(layers.identity(self.shape))
-        affine = self.steps[-1].affine
-        self.steps[-1] = Block(affine, make(affine.out_shape))
+        block = self._open_block()
+        if block is None or not (elementwise or block.affine.out_shape == self.shape):
+            block = self._affine(layers.identity(self.shape))
+        self.steps[-1] = Block(block.affine, make(block.affine.out_shape))
 
     def max_pool(self, window: Pair, stride: Pair, padding: Padding) -> None:
         """Maximum over windows of an image."""
@@ -126,15 +124,21 @@ class Assembly:
         Raises:
             TypeError: the last layer is not dense.
         """
-        last = self.steps[-1] if self.steps else None
-        is_dense = isinstance(last, Block) and isinstance(last.affine, layers.Dense)
-        if not is_dense or last.activation != layers.Identity() or self.waiting is not None:
+        last = self._open_block()
+        if last is None or not isinstance(last.affine, layers.Dense) or self.waiting is not None:
             raise TypeError("the last layer of the model must be a dense one, nnx.Linear: it gives the logits")
         return Network(tuple(self.steps[:-1]), last.affine, self.input_shape)
 
-    def _affine(self, layer: layers.Affine) -> None:
-        self.steps.append(Block(layer, layers.Identity()))
+    def _affine(self, layer: layers.Affine) -> Block:
+        block = Block(layer, layers.Identity())
+        self.steps.append(block)
         self.shape = layer.out_shape
+        return block
+
+    def _open_block(self) -> Block | None:
+        """The last step, if it is an affine layer without an activation."""
+        last = self.steps[-1] if self.steps else None
+        return last if isinstance(last, Block) and last.activation == layers.Identity() else None
 
     def _aligned(self, array: Array) -> Array:
         """With one axis for each of the activation."""

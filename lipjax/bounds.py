@@ -158,12 +158,12 @@ def join(kept: Region, region: Region) -> Region:
     center = kept.center + region.center
     radius = None if kept.radius is None or region.radius is None else kept.radius + region.radius
     lower, upper = None, None
-    if None not in (kept.lower, kept.upper, region.lower, region.upper):
-        lower, upper = kept.box
+    if kept.lower is not None and region.lower is not None:
+        (lower, upper), (low, high) = kept.box, region.box
         if kept.radius is not None:
             around = jnp.where(kept.live, kept.radius, 0)
             lower, upper = jnp.maximum(lower, kept.center - around), jnp.minimum(upper, kept.center + around)
-        lower, upper = lower + region.lower, upper + region.upper
+        lower, upper = lower + low, upper + high
     finite = kept.finite & region.finite & all_finite(lower, upper, center, radius)
     return Region(lower, upper, center, radius, kept.live | region.live, finite)
 

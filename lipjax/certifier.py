@@ -127,7 +127,7 @@ class Certifier:
         x: Array,
         label: Array,
         eps: Array | float,
-        index: Array,
+        index: Array | np.ndarray,
         round_: int = 0,
         ceilings: np.ndarray | None = None,
     ) -> Found:
@@ -144,27 +144,27 @@ class Certifier:
         Raises:
             ValueError: more examples or rounds than delta was divided by, or an example twice in a round.
         """
-        index = np.asarray(index)
-        if (index.size and index.max() >= self.examples) or round_ >= self.rounds:
+        places = np.asarray(index)
+        if (places.size and places.max() >= self.examples) or round_ >= self.rounds:
             raise ValueError(
-                f"example {index.max()} in round {round_} was not planned: delta was divided by {self.examples} "
+                f"example {places.max()} in round {round_} was not planned: delta was divided by {self.examples} "
                 f"examples and {self.rounds} rounds; make a Certifier for more"
             )
         if self.level.name == "probabilistic":
-            if self.used[round_, index].any():
-                again = index[self.used[round_, index]][0]
+            if self.used[round_, places].any():
+                again = places[self.used[round_, places]][0]
                 raise ValueError(
                     f"example {again} has been bounded in round {round_} before: its starts may not serve other masks; "
                     "use the next round"
                 )
-            self.used[round_, index] = True
+            self.used[round_, places] = True
         keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.fold_in(self.key, 1 + round_)))(index)
-        known = np.broadcast_to(self.sigmas, (len(index), len(self.sigmas)))
+        known = np.broadcast_to(self.sigmas, (len(places), len(self.sigmas)))
         ceilings = known if ceilings is None else np.minimum(known, ceilings)
 
         def solve(place: int, layer: Affine, rows: Array, columns: Array) -> norms.Norms:
             found = self.level(place, layer, rows, columns, keys, ceilings[:, place])
-            self.ledger.enter(found, len(np.unique(index)))
+            self.ledger.enter(found, len(np.unique(places)))
             return found
 
         return self._certify(x, label, eps, solve)

@@ -26,11 +26,9 @@ def pairwise_lipschitz(head: Dense, region: Region, label: Array) -> Array:
     Returns:
         Margins (classes,).
     """
-    if region.radius is None:
-        raise ValueError("this region has no ball: propagate one that was not made with without_ball()")
     margins, directions = _margins(head, region, label)
     masked = jnp.where(region.live.ravel()[None], directions, 0)
-    return margins - region.radius * jax.vmap(length)(masked)
+    return margins - region.ball * jax.vmap(length)(masked)
 
 
 def box_and_ball(head: Dense, region: Region, label: Array, num_iters: int = 16) -> Array:

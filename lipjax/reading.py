@@ -155,6 +155,7 @@ def _parameter(module: Any, variables: Any, name: str, collection: str = "params
 
 def _kernel_and_bias(module: Any, variables: Any) -> tuple[Array, Array]:
     kernel, bias = _parameter(module, variables, "kernel"), _parameter(module, variables, "bias")
+    assert kernel is not None  # _check_arithmetic was here before
     return kernel, jnp.zeros(kernel.shape[-1:], kernel.dtype) if bias is None else bias
 
 

@@ -47,6 +47,13 @@ class Region:
             raise ValueError("this region has no box: propagate one that was not made with without_box()")
         return self.lower, self.upper
 
+    @property
+    def ball(self) -> Array:
+        """The radius. Raises ValueError where the region is a box alone."""
+        if self.radius is None:
+            raise ValueError("this region has no ball: propagate one that was not made with without_ball()")
+        return self.radius
+
     def without_box(self) -> Region:
         """The ball alone."""
         return dataclasses.replace(self, lower=None, upper=None)

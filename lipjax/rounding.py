@@ -65,7 +65,7 @@ def inference_error(error: Array, layer: Affine, entering: Region, sigma: Array,
     relative = gamma(layer.terms + 1, UNIT32)
     # || |W| |a| + |b| || over the box, or over the ball, whichever is smaller.
     around = layer.absolute(jnp.abs(entering.center)) + jnp.abs(layer.shift)
-    size = jnp.minimum(length(magnitude(layer, entering)), length(around) + absolute_norm * entering.radius)
+    size = jnp.minimum(length(magnitude(layer, entering)), length(around) + absolute_norm * entering.ball)
     own = relative * size + layer.terms * SMALLEST32 * math.sqrt(math.prod(layer.out_shape))
     return sigma * error + own + relative * absolute_norm * error
 
@@ -90,7 +90,7 @@ def logit_errors(error: Array, head: Dense, features: Region) -> Array:
     relative = gamma(head.terms + 1, UNIT32)
     row_norms = head.row_norms(jnp.ones(head.in_shape, bool))
     around = head.absolute(jnp.abs(features.center)) + jnp.abs(head.shift)
-    size = jnp.minimum(magnitude(head, features), around + row_norms * features.radius)
+    size = jnp.minimum(magnitude(head, features), around + row_norms * features.ball)
     own = relative * size + head.terms * SMALLEST32
     # The factor covers the rounding of this pass and of the margins, which is float64 and smaller by 2^-29.
     return (1 + 1e-3) * (row_norms * error * (1 + relative) + own)

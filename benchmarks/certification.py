@@ -38,11 +38,8 @@ def main() -> None:
         rates[level] = bounded / seconds
         products = " ".join(f"{products:.0f}" for products in summary["products_per_norm"])
         print(f"{level:>14}: {bounded} images at {rates[level]:.2f} images/s; products per norm, by layer: {products}")
-        print(
-        ratio = summary["mean_local_to_global_ratio"]
-        certified = summary["counts"]["certified"]
+        ratio, certified = summary["mean_local_to_global_ratio"], summary["counts"]["certified"]
         print(f"{'':>16}certified {certified}, mean local / global Lipschitz constant {ratio:.4f}")
-        )
     ratio = rates["probabilistic"] / rates["estimate"]
     print(f"probabilistic against estimate: {ratio:.2f} times as many images per second (target: at least 3)")
 

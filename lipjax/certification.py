@@ -28,6 +28,7 @@ def certify(
     which: str = "best",
     output: pathlib.Path | None = None,
     file: pathlib.Path | None = None,
+    seed: int | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     """Certify a trained model of a run, print the table and write certificates and summary.
@@ -41,6 +42,7 @@ def certify(
         which: ``"best"`` or ``"last"`` checkpoint.
         output: folder of the files; default the run's.
         file: certify the images of this ``.npz`` in place of a split; see :func:`lipjax.data.from_file`.
+        seed: of the starts of norms and attacks; default the config's.
         **options: ``level``, ``delta``, ``rtol``, ``triage`` and ``radius`` as of :func:`lipjax.evaluation.evaluate`.
 
     Returns:
@@ -63,9 +65,10 @@ def certify(
     model, facts = runs.restore_model(workdir, config, dataset, which)
     network = from_flax(model, dataset.images.shape[1:])
     chosen = dataset.take(slice(limit))
+    seed = config.seed if seed is None else seed
     size = batch_size or config.certify.batch_size
     try:
-        found = evaluate(network, chosen, eps, batch_size=size, seed=config.seed, **options)
+        found = evaluate(network, chosen, eps, batch_size=size, seed=seed, **options)
     except ValueError as error:
         raise InputError(str(error)) from None
     summary = {
@@ -78,7 +81,7 @@ def certify(
         "params_sha256": facts["params_sha256"],
         "network_sha256": fingerprint(network),
         "method": config.method.name,
-        "seed": config.seed,
+        "seed": seed,
         "device": jax.devices()[0].device_kind,
         "versions": versions(),
     }

@@ -29,7 +29,7 @@ class Ledger:
     Attributes:
         planned: starts that delta was divided by.
         starts: starts drawn.
-        delta_per_start: probability of failure of each, 0 where nothing is random, not a number for estimates.
+        delta_per_start: probability of failure of each, not a number where it has none.
         products: products with a layer or its transpose, of one example.
         largest_gap: the largest upper / lower - 1 of a norm, not a number for estimates.
     """
@@ -45,6 +45,17 @@ class Ledger:
         self.starts += starts
         self.products += int(found.products.sum())
         self.largest_gap = float(np.fmax(self.largest_gap, np.max(found.gap)))
+
+    def facts(self) -> dict[str, float | None]:
+        """Ready for JSON; None where a figure has no meaning at this level."""
+        facts = {
+            "starts_planned": self.planned,
+            "starts_drawn": self.starts,
+            "delta_per_start": self.delta_per_start,
+            "products": self.products,
+            "largest_gap": self.largest_gap,
+        }
+        return {name: None if math.isnan(value) else value for name, value in facts.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,11 +211,15 @@ class Certifier:
             return Found(jax.tree.map(np.asarray, found), *tables)
 
     def _global_norms(self) -> np.ndarray:
+        # Much tighter than the local ones: those are bounded by it, and done as soon as they come near.
+        level = self.level
+        if isinstance(level, norms.Lanczos):
+            level = dataclasses.replace(level, rtol=level.rtol / 20)
         found = []
         for place, block in enumerate(self.network.blocks):
             layer = block.affine
             masks = jnp.ones((1, *layer.out_shape), bool), jnp.ones((1, *layer.in_shape), bool)
-            norm = self.level(place, layer, *masks, jax.random.fold_in(self.key, 0)[None], np.inf)
+            norm = level(place, layer, *masks, jax.random.fold_in(self.key, 0)[None], np.inf)
             self.ledger.enter(norm, 1)
             found.append(norm.sigma[0])
         return np.asarray(found, np.float64)

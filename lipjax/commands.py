@@ -67,6 +67,7 @@ def certify(parser: Parser, arguments: list[str]) -> None:
     parser.add_argument("--delta", type=float, default=1e-6, help="probability that ANY certificate is wrong")
     parser.add_argument("--rtol", type=float, default=1e-3, help="relative gap at which a norm is tight enough")
     parser.add_argument("--no-triage", action="store_true", help="attack and bound what is already decided as well")
+    parser.add_argument("--seed", type=int, help="of the random starts of norms and attacks; default: the config's")
     parser.add_argument("--radius", action="store_true", help="find the certified radius of each image as well")
     options = parser.parse_args(arguments)
     certification.certify(
@@ -83,5 +84,6 @@ def certify(parser: Parser, arguments: list[str]) -> None:
         triage=not options.no_triage,
         radius=options.radius,
         file=options.data,
+        seed=options.seed,
     )
     print(f"\nfiles: {options.output or options.workdir}/certificates.npz, certificates.csv, summary.json, report.md")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -28,6 +27,7 @@ STAGES = ("prediction", "global", "attack", "local")
 ATTACK_STEPS, ATTACK_ROUNDS = 25, 4  # the paper's 100 steps; who is broken after a round leaves
 ATTACK_SHARES = (0.25, 0.5, 0.75, 1, 1.5, 2)  # of eps, where the PGD curve is measured
 CURVE_POINTS = 51
+CERTIFICATION = 0x63657274  # folded into the seed
 RADIUS_ROUNDS = 20
 
 
@@ -89,7 +89,8 @@ def evaluate(
     Reference:
         [H21] section 5.
     """
-    norm_key, attack_key = jax.random.split(jax.random.key(seed))
+    # A stream of its own: training, which made the network, has drawn from the same seed.
+    norm_key, attack_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), CERTIFICATION))
     count = len(dataset)
     watch = Stopwatch()
     rounds = 1 + (RADIUS_ROUNDS if radius else 0)
@@ -130,52 +131,53 @@ def evaluate(
     columns["stage"][local[correct[local] & ~with_global_norms[local] & ~columns["attacked"][local]]] = "local"
     watch.lap("local")
 
-    certified, attacked = columns["certified"], columns["attacked"]
     curves: dict[str, Any] = {}
     if radius:
-        columns["radius"] = _radii(certifier, dataset, np.flatnonzero(correct), certified, eps, batch_size)
+        columns["radius"] = _radii(certifier, dataset, np.flatnonzero(correct), columns["certified"], eps, batch_size)
         watch.lap("radius")
         curves["certified_accuracy_at"] = _certified_curve(columns["radius"])
         curves["pgd_accuracy_at"] = _pgd_curve(
             network, dataset, np.flatnonzero(correct), columns["attacked"], eps, attack_key, batch_size
         )
         watch.lap("pgd curve")
-    counts = {
-        "examples": count,
-        "correct": int(correct.sum()),
-        "correct_after_pgd": int((correct & ~attacked).sum()),
-        "certified": int(certified.sum()),
-        "certified_with_global_norms": int(with_global_norms.sum()),
-        "certified_but_attacked": int((certified & attacked).sum()),
-        "decided": {stage: int((columns["stage"] == stage).sum()) for stage in STAGES},
-        "bounded_locally": len(local),
-    }
-    ledger = certifier.ledger
     summary = {
-        "clean_accuracy": counts["correct"] / count,
-        "pgd_accuracy": counts["correct_after_pgd"] / count,
-        "certified_accuracy": counts["certified"] / count,
-        "certified_accuracy_with_global_norms": counts["certified_with_global_norms"] / count,
+        **_accuracies(columns, with_global_norms, len(local)),
         "eps": eps,
         "level": certifier.level.name,
         "delta": delta if level == "probabilistic" else None,
         "rtol": rtol,
         "triage": triage,
         "dtype": np.dtype(certifier.level.dtype).name,
-        "counts": counts,
-        "ledger": {
-            "starts_planned": ledger.planned,
-            "starts_drawn": ledger.starts,
-            "delta_per_start": _number(ledger.delta_per_start),
-            "products": ledger.products,
-            "largest_gap": _number(ledger.largest_gap),
-        },
+        "ledger": certifier.ledger.facts(),
         "global_lipschitz": certifier.global_lipschitz,
         **_local_figures(columns["lipschitz"][local], certifier.global_lipschitz, live[local], products[local]),
         **curves,
         "seconds": watch.laps,
     }
     return Evaluation(columns, summary, local, live[local], products[local])
+
+
+def _accuracies(columns: Columns, with_global_norms: np.ndarray, bounded_locally: int) -> dict[str, Any]:
+    """Fractions of all examples, and the counts behind them."""
+    correct = columns["prediction"] == columns["label"]
+    certified, attacked = columns["certified"], columns["attacked"]
+    found = {
+        "clean_accuracy": correct,
+        "pgd_accuracy": correct & ~attacked,
+        "certified_accuracy": certified,
+        "certified_accuracy_with_global_norms": with_global_norms,
+    }
+    counts = {
+        "examples": len(correct),
+        "correct": int(correct.sum()),
+        "correct_after_pgd": int((correct & ~attacked).sum()),
+        "certified": int(certified.sum()),
+        "certified_with_global_norms": int(with_global_norms.sum()),
+        "certified_but_attacked": int((certified & attacked).sum()),
+        "decided": {stage: int((columns["stage"] == stage).sum()) for stage in STAGES},
+        "bounded_locally": bounded_locally,
+    }
+    return {**{name: float(which.mean()) for name, which in found.items()}, "counts": counts}
 
 
 def _local_figures(lipschitz: np.ndarray, whole: float, live: np.ndarray, products: np.ndarray) -> dict[str, Any]:
@@ -305,7 +307,3 @@ def _pgd_curve(
             broken |= _broken(network, dataset, left, share * eps, key, batch_size)
         curve.append([share * eps, float((~broken[correct]).sum() / len(dataset))])
     return curve
-
-
-def _number(value: float) -> float | None:
-    return None if math.isnan(value) else value

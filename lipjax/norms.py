@@ -55,6 +55,7 @@ class Level(Protocol):
         """Norms of ``I_rows W I_columns`` for masks (N, ...); each example's start is drawn from its own key (N,).
 
         ``ceiling`` (scalar or (N,)) are upper bounds known already, infinite where there is none; no sigma is larger.
+        Where nothing is masked and a ceiling is known, that is the norm: no start is drawn.
         """
         ...
 
@@ -78,14 +79,15 @@ class PowerIteration:
     def __call__(self, place: int, layer: Affine, rows: Array, columns: Array, keys: Array, ceiling: Any) -> Norms:
         count = rows.shape[0]
         state = _power_start(layer, rows, columns, keys, place)
-        unfinished = np.arange(count)
+        asked = unfinished = _masked(rows, columns, ceiling)
         while unfinished.size:
             for part in parts(unfinished, min(self.batch_size, count)):
                 state = _power_advance(layer, rows, columns, part, state, self.tol)
             change, iterations = np.asarray(state[2]), np.asarray(state[3])
-            unfinished = np.flatnonzero((change > self.tol) & (iterations < self.max_iters))
-        sigma = np.asarray(state[1], np.float64)
-        return Norms(np.minimum(sigma, ceiling), 2 * np.asarray(state[3]), np.full(count, np.nan))
+            unfinished = asked[(change[asked] > self.tol) & (iterations[asked] < self.max_iters)]
+        sigma = np.array(np.broadcast_to(ceiling, count), np.float64)
+        sigma[asked] = np.minimum(sigma[asked], np.asarray(state[1])[asked])
+        return Norms(sigma, 2 * np.asarray(state[3]), np.full(count, np.nan))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +114,8 @@ class Lanczos:
         layer, scale = _scaled(layer)
         lower, upper = np.zeros(count), np.array(np.broadcast_to(ceiling, count)) / scale
         ceiling, products = upper.copy(), np.zeros(count, int)
-        unfinished, steps = np.arange(count), min(FIRST_STEPS, self.max_steps)
+        asked = unfinished = _masked(rows, columns, ceiling)
+        steps = min(FIRST_STEPS, self.max_steps)
         while unfinished.size:
             size = max(1, min(count, self.batch_size, _room(steps, length)))
             last = steps >= min(self.max_steps, length)
@@ -128,8 +131,9 @@ class Lanczos:
                 break
             unfinished = unfinished[upper[unfinished] > lower[unfinished] * (1 + self.rtol)]
             steps = min(2 * steps, self.max_steps)
+        gap = np.full(count, np.nan)
         with np.errstate(invalid="ignore", divide="ignore"):
-            gap = np.where(upper == 0, 0.0, upper / lower - 1)
+            gap[asked] = np.where(upper[asked] == 0, 0.0, upper[asked] / lower[asked] - 1)
         return Norms(upper * scale, products, gap)
 
 
@@ -151,19 +155,30 @@ class Deterministic:
     def __call__(self, place: int, layer: Affine, rows: Array, columns: Array, keys: Array, ceiling: Any) -> Norms:
         length = min(math.prod(layer.in_shape), math.prod(layer.out_shape))
         bound = _gram_norms if length <= self.small else _schur_norms
+        asked = _masked(rows, columns, ceiling)
         layer, scale = _scaled(layer)
-        sigma = np.asarray(bound(layer, rows, columns))
         if length > self.small and isinstance(layer, Conv) and np.isinf(ceiling).all():
             ceiling = deterministic.circulant_norm(layer) * scale
-        # Infinite where anything was not finite: a comparison with NaN would hide it.
-        sigma = np.where(np.isfinite(sigma), np.minimum(sigma * scale, ceiling), np.inf)
-        return Norms(sigma, np.full(len(sigma), 2 * length if length <= self.small else 2), np.full(len(sigma), np.nan))
+        sigma, products = np.array(np.broadcast_to(ceiling, len(rows)), np.float64), np.zeros(len(rows), int)
+        if asked.size:
+            found = np.asarray(bound(layer, rows[asked], columns[asked]))
+            # Infinite where anything was not finite: a comparison with NaN would hide it.
+            sigma[asked] = np.where(np.isfinite(found), np.minimum(found * scale, sigma[asked]), np.inf)
+            products[asked] = 2 * length if length <= self.small else 2
+        return Norms(sigma, products, np.full(len(rows), np.nan))
 
 
 def parts(places: np.ndarray, size: int) -> Iterator[np.ndarray]:
     """Batches of one size; the last one is filled up by repeating its own places."""
     for start in range(0, len(places), size):
         yield np.resize(places[start : start + size], size)
+
+
+def _masked(rows: Array, columns: Array, ceiling: Any) -> np.ndarray:
+    """The places where something is masked, or no ceiling is known."""
+    axes = tuple(range(1, rows.ndim)), tuple(range(1, columns.ndim))
+    whole = np.asarray(jnp.all(rows, axis=axes[0]) & jnp.all(columns, axis=axes[1]))
+    return np.flatnonzero(~(whole & np.isfinite(np.broadcast_to(ceiling, whole.shape))))
 
 
 def _scaled(layer: Affine) -> tuple[Affine, float]:

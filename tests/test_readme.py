@@ -11,14 +11,16 @@ README = (ROOT / "README.md").read_text()
 
 
 def test_example_runs_as_printed(capsys):
-    (code,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-    assert len(code.strip().splitlines()) <= 15
+    codes = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    assert len(codes[0].strip().splitlines()) <= 15
     scope = {}
-    exec(compile(code, "README.md", "exec"), scope)
+    for code in codes:
+        exec(compile(code, "README.md", "exec"), scope)
     assert np.shape(scope["lipschitz"]) == (1,)
     assert np.isfinite(scope["lipschitz"]).all()
     assert np.shape(scope["margins"]) == (10,)
     assert np.isfinite(scope["margins"]).all()
+    assert np.shape(scope["radius"]) == np.shape(scope["certificate"].certified) == (1,)
 
 
 def test_local_links_lead_somewhere():

@@ -8,11 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
+from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lipjax
-from lipjax import Certifier
+from lipjax import Block, Certifier, Network, ReLU, dense
 
 KINDS = ["dense clipped", "conv relu"]  # one compilation each
 BATCH = 3
@@ -393,3 +394,55 @@ def test_a_layer_that_is_dead_has_the_constant_0_and_is_certified_only_without_a
     attack(network, x, label, 1.0, found.certified)
     level = changed(network, head_bias=jnp.zeros_like, head_kernel=jnp.ones_like)
     assert not certify(level, x, np.zeros(BATCH, np.int32), 1.0).certified.any()
+
+
+# Faults of the published code
+
+
+def test_a_norm_that_power_iteration_reports_too_low_is_bounded_all_the_same():
+    # The start has little of the top vector, so the first iterations hardly move: the stop fires at .90 for 1.0.
+    values = np.array([1.0, *([0.9] * 399)])
+    network = Network(
+        (Block(dense(jnp.diag(jnp.asarray(values, jnp.float32)), jnp.zeros(400), (400,)), ReLU()),),
+        dense(jnp.ones((400, 2), jnp.float32), jnp.zeros(2), (400,)),
+    )
+    x = jnp.ones((1, 400))
+    low = min(
+        float(lipjax.local_lipschitz(network, x, 0.1, level="estimate", key=jax.random.key(seed))[0])
+        for seed in range(20)
+    )
+    assert low < 0.95
+    for level in ("probabilistic", "deterministic"):
+        assert float(lipjax.local_lipschitz(network, x, 0.1, level=level, key=jax.random.key(0))[0]) >= 1.0
+
+
+B5 = """
+rngs = nnx.Rngs(0)
+model = nnx.Sequential(
+    nnx.Conv(1, 8, (3, 3), padding=1, rngs=rngs), nnx.relu,
+    nnx.Conv(8, 8, (4, 4), strides=2, padding=1, rngs=rngs), nnx.relu,
+    lambda x: x.reshape(x.shape[0], -1),
+    nnx.Linear(8 * 4 * 4, 10, rngs=rngs),
+)
+network = lipjax.from_flax(model, input_shape=(8, 8, 1))
+x, label = jax.random.uniform(jax.random.key(0), (4, 8, 8, 1)), jnp.array([0, 1, 2, 3])
+sound = dict(level="probabilistic", delta=1e-6, key=jax.random.key(1))
+lipschitz = lipjax.local_lipschitz(network, x, eps=0.1, **sound)
+certificate = lipjax.certify(network, x, label, eps=0.1, **sound)
+radius = lipjax.certified_radius(network, x, label, **sound)
+"""
+
+
+@pytest.mark.parametrize("x64", [False, True])
+def test_a_flax_model_of_ones_own_is_certified_with_64_bits_off_and_on(x64):
+    scope = {"jax": jax, "jnp": jnp, "lipjax": lipjax, "nnx": nnx}
+    with jax.enable_x64(x64), jax.numpy_rank_promotion("allow"):
+        exec(B5, scope)
+    certificate = scope["certificate"]
+    for value in (scope["lipschitz"], scope["radius"], certificate.worst_margin, certificate.lipschitz):
+        assert value.shape == (4,)
+        assert np.isfinite(value).all()
+    np.testing.assert_allclose(scope["lipschitz"], certificate.lipschitz, rtol=2e-3)
+    right = np.asarray(certificate.prediction) == np.arange(4)
+    assert np.all((np.asarray(scope["radius"]) > 0) <= right)
+    assert np.all(np.asarray(certificate.certified) == (np.asarray(scope["radius"]) >= 0.1))

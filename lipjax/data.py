@@ -61,7 +61,7 @@ def from_file(path: pathlib.Path, name: str) -> Dataset:
     """
     shape, classes = SHAPES[name], NUM_CLASSES
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
             arrays = {key: file[key] for key in ("images", "labels")}
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise InputError(f"--data={path} cannot be read: {error}; give an .npz with images and labels") from None

@@ -65,7 +65,7 @@ def load_certificates(path: str | pathlib.Path, network: Network) -> tuple[dict[
         InputError: the file cannot be read, lacks something, or is about another network.
     """
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with pathlib.Path(path).open("rb") as opened, np.load(opened, allow_pickle=False) as file:
             columns = {name: file[name] for name in file.files}
         summary = json.loads(str(columns.pop("summary")))
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:

@@ -9,7 +9,11 @@ from test_reading import FOLDED
 
 import lipjax
 
-EPS = {"small": 0.02, "large": 0.5}
+# One network of each kind of layer: every one costs some seconds of compilation.
+KINDS = (
+    *("normalised input", "batch norm before a padded convolution", "average pooling", "feature groups", "MaxMin"),
+    *("max pooling that overlaps", "a residual sum in another"),
+)
 
 
 def points_of_ball(x, eps, count, seed):
@@ -21,9 +25,9 @@ def points_of_ball(x, eps, count, seed):
     return np.asarray(x) + directions * (lengths / norms).reshape(-1, *(1,) * x.ndim)
 
 
-@pytest.mark.parametrize("eps", EPS.values(), ids=EPS)
-@pytest.mark.parametrize("name", FOLDED)
-def test_samples_obey_margins_lipschitz_constants_and_boxes(name, eps):
+@pytest.mark.parametrize("name", KINDS)
+def test_samples_obey_margins_and_lipschitz_constants(name):
+    eps = 0.1
     network = lipjax.from_flax(nnx.Sequential(*FOLDED[name]), (6, 6, 2))
     x = jax.random.uniform(jax.random.key(1), (2, 6, 6, 2))
     label = jnp.argmax(network(x), axis=1)

@@ -247,7 +247,10 @@ class Given:
 
 
 def check_batch(network: Network, x: Array) -> None:
-    """Raises ValueError unless x is a batch of inputs of the network."""
+    """Raises TypeError or ValueError unless x is a batch of inputs of the network."""
+    if not hasattr(x, "dtype"):
+        expected = ", ".join(map(str, ("B", *network.input_shape)))
+        raise TypeError(f"x is a {type(x).__name__}; expected a batch ({expected}), an array")
     if tuple(jnp.shape(x)[1:]) != network.input_shape or jnp.ndim(x) == 0:
         expected = ", ".join(map(str, ("B", *network.input_shape)))
         raise ValueError(f"x has shape {jnp.shape(x)}; expected a batch ({expected})")

@@ -108,7 +108,7 @@ class Certifier:
         self.examples, self.rounds = examples, rounds
         self.used = np.zeros((rounds, examples), bool)
         self.level = level_of(network, examples, level, delta, key, rounds, rtol)
-        self.key = jax.random.key(0) if key is None else key
+        self.key = jax.random.key(0) if key is None else checked_key(key)
         self.network = network
         planned = len(network.blocks) * (1 + examples * rounds)
         self.ledger = Ledger(planned, getattr(self.level, "delta", math.nan))
@@ -156,11 +156,13 @@ class Certifier:
             ValueError: more examples or rounds than delta was divided by, or an example twice in a round.
         """
         places = np.asarray(index)
-        if (places.size and places.max() >= self.examples) or round_ >= self.rounds:
+        outside = places[(places < 0) | (places >= self.examples)]
+        if outside.size or not 0 <= round_ < self.rounds:
             raise ValueError(
-                f"example {places.max()} in round {round_} was not planned: delta was divided by {self.examples} "
-                f"examples and {self.rounds} rounds; make a Certifier for more"
+                f"example {(*outside, places.max())[0]} in round {round_} was not planned: delta was divided by "
+                f"{self.examples} examples and {self.rounds} rounds, counted from 0; make a Certifier for more"
             )
+        self._check_repetitions(x, eps, places)
         if self.level.name == "probabilistic":
             if self.used[round_, places].any():
                 again = places[self.used[round_, places]][0]
@@ -179,6 +181,17 @@ class Certifier:
             return found
 
         return self._certify(x, label, eps, solve)
+
+    def _check_repetitions(self, x: Array, eps: Array | float, places: np.ndarray) -> None:
+        """Raises ValueError where a place is there again with another input: padding repeats whole examples only."""
+        _, first, of = np.unique(places, return_index=True, return_inverse=True)
+        inputs, radii = np.asarray(x), np.broadcast_to(np.asarray(eps), places.shape)
+        for k in np.flatnonzero(first[of] != np.arange(len(places))):
+            if not np.array_equal(inputs[k], inputs[first[of[k]]]) or radii[k] != radii[first[of[k]]]:
+                raise ValueError(
+                    f"example {places[k]} is in the batch twice, with different inputs or radii: one start may not "
+                    "serve two masks; give each its own index"
+                )
 
     def _certify(
         self,
@@ -230,6 +243,19 @@ class Certifier:
         return contextlib.nullcontext()
 
 
+def checked_key(key: Array) -> Array:
+    """The key, if it is one.
+
+    Raises:
+        ValueError: it is anything but a single key.
+    """
+    is_key = isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    if not is_key or key.shape:
+        what = f"key has shape {key.shape}" if is_key else f"key={key!r} is a {type(key).__name__}"
+        raise ValueError(f"{what}; expected a single key, such as jax.random.key(seed)")
+    return key
+
+
 def level_of(
     network: Network, examples: int, level: str, delta: float, key: Array | None, rounds: int, rtol: float
 ) -> norms.Level:
@@ -240,15 +266,15 @@ def level_of(
         return norms.Deterministic()
     if level != "probabilistic":
         raise ValueError(f"level={level!r} is not known; give one of {', '.join(LEVELS)}")
-    if not 0 < delta < 1:
-        raise ValueError(f"delta={delta} is no probability of failure; give a number between 0 and 1, such as 1e-6")
+    if isinstance(delta, str) or not 0 < delta < 1:
+        raise ValueError(f"delta={delta!r} is no probability of failure; give a number between 0 and 1, such as 1e-6")
     if key is None:
         raise ValueError(
             "key=None: the level 'probabilistic' draws random starts; give key=jax.random.key(seed) with a seed that "
             "does not depend on the data"
         )
-    if not rtol > 0:
-        raise ValueError(f"rtol={rtol} cannot be reached; give a relative gap more than 0, such as 1e-3")
+    if isinstance(rtol, str) or not rtol > 0:
+        raise ValueError(f"rtol={rtol!r} cannot be reached; give a relative gap more than 0, such as 1e-3")
     starts = max(1, len(network.blocks) * (1 + examples * rounds))
     return norms.Lanczos(delta / starts, rtol)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
 from typing import Any
 
 import jax
@@ -13,7 +14,7 @@ from jax import Array
 
 from lipjax import bounds
 from lipjax.certificates import Certificate
-from lipjax.certifier import Certifier
+from lipjax.certifier import Certifier, checked_key
 from lipjax.networks import Network
 from lipjax.radius import certified_radii
 from lipjax.regions import check_pixels, l2_ball
@@ -103,9 +104,11 @@ def certified_radius(
     """
     _check(network, x, 0.0)
     _check_labels(network, x, label)
-    for name, value in (("max_eps", max_eps), ("tol", tol), ("max_rounds", max_rounds)):
-        if value is not None and not value > 0:
-            raise ValueError(f"{name}={value} cannot be used; give a number more than 0")
+    for name, value in (("max_eps", math.sqrt(x[0].size) if max_eps is None else max_eps), ("tol", tol)):
+        if not (isinstance(value, numbers.Real) and value > 0 and math.isfinite(value)):
+            raise ValueError(f"{name}={value!r} cannot be used; give a finite number more than 0, in pixels")
+    if not (isinstance(max_rounds, numbers.Integral) and max_rounds > 0):
+        raise ValueError(f"max_rounds={max_rounds!r} cannot be used; give an integer more than 0")
     certifier = Certifier(network, len(x), rounds=max_rounds, **options)
     batch = (np.asarray(x), np.asarray(label), np.arange(len(x)))
     return _outward(certified_radii(certifier, *batch, max_eps=max_eps, tol=tol), -np.inf)
@@ -134,12 +137,10 @@ def local_lipschitz(network: Network, x: Array, eps: Array | float, **options: A
         TypeError: x is traced at a level that is a bound, or no float32 or float64.
         ValueError: x is not a batch of inputs of the network, or an option cannot be used.
     """
-    bounds.check_batch(network, x)
+    _check(network, x, eps, traced=options.get("level") == "estimate")
     if options.get("level") == "estimate":
-        key = options.get("key")
-        norm = bounds.Estimate(jax.random.key(0) if key is None else key)
+        norm = _estimate(**options)
         return jax.vmap(lambda one: bounds.propagate(network, l2_ball(one, eps), norm).lipschitz)(x)
-    _check(network, x, eps)
     label = jnp.zeros(len(x), jnp.int32)
     certifier = Certifier(network, len(x), **options)
     return _outward(certifier.locally(x, label, eps, jnp.arange(len(x))).certificate.lipschitz, np.inf)
@@ -159,15 +160,22 @@ def global_lipschitz(network: Network, **options: Any) -> Array:
         As of :func:`certify`.
     """
     if options.get("level") == "estimate":
-        key = options.get("key")
-        norm = bounds.Estimate(jax.random.key(0) if key is None else key)
-        return jnp.asarray(network.lipschitz(bounds.global_norms(network, norm)[0]))
+        return jnp.asarray(network.lipschitz(bounds.global_norms(network, _estimate(**options))[0]))
     return _outward(np.float64(Certifier(network, 0, **options).global_lipschitz), np.inf)
 
 
-def _check(network: Network, x: Array, eps: Array | float) -> None:
-    """Raises unless x is a batch of pixels and eps one radius, both known and finite."""
-    if isinstance(x, jax.core.Tracer) or isinstance(eps, jax.core.Tracer):
+def _estimate(
+    *, level: str, key: Array | None = None, delta: float | None = None, rtol: float | None = None
+) -> bounds.Estimate:
+    """The norm of level ``estimate`` in traced code; delta and rtol have no meaning there."""
+    del level, delta, rtol
+    return bounds.Estimate(checked_key(jax.random.key(0) if key is None else key))
+
+
+def _check(network: Network, x: Array, eps: Array | float, *, traced: bool = False) -> None:
+    """Raises unless x is a batch of pixels and eps one radius, both finite, and known unless they may be traced."""
+    unknown = isinstance(x, jax.core.Tracer) or isinstance(eps, jax.core.Tracer)
+    if unknown and not traced:
         raise TypeError(
             "certificates are computed outside of traced code; under jit, vmap or grad use lipjax.propagate, or "
             "lipjax.local_lipschitz with level='estimate'"
@@ -178,8 +186,10 @@ def _check(network: Network, x: Array, eps: Array | float) -> None:
         raise ValueError("x is an empty batch; expected at least one input")
     if np.ndim(eps):
         raise ValueError(f"eps has shape {np.shape(eps)}; expected one radius for the whole batch")
-    if not eps >= 0 or math.isinf(eps):
-        raise ValueError(f"eps is {eps}; expected a finite radius of at least 0, in [0, 1] pixels")
+    if unknown:
+        return
+    if isinstance(eps, str) or not eps >= 0 or math.isinf(eps):
+        raise ValueError(f"eps is {eps!r}; expected a finite radius of at least 0, in [0, 1] pixels")
     wrong = ~np.isfinite(np.asarray(x)).reshape(len(x), -1).all(axis=1)
     if wrong.any():
         raise ValueError(f"x[{np.flatnonzero(wrong)[0]}] holds NaN or infinity; expected pixels in [0, 1]")
@@ -187,10 +197,9 @@ def _check(network: Network, x: Array, eps: Array | float) -> None:
 
 def _check_labels(network: Network, x: Array, label: Array) -> None:
     """Raises unless the labels are classes of the network, one per input."""
-    if np.shape(label) != np.shape(x)[:1] or not jnp.issubdtype(jnp.result_type(label), jnp.integer):
-        raise ValueError(
-            f"label has shape {np.shape(label)} and type {jnp.result_type(label)}; expected {len(x)} integers"
-        )
+    kind = getattr(label, "dtype", type(label).__name__)
+    if np.shape(label) != np.shape(x)[:1] or not np.issubdtype(getattr(label, "dtype", object), np.integer):
+        raise ValueError(f"label has shape {np.shape(label)} and type {kind}; expected {len(x)} integers in an array")
     outside = (np.asarray(label) < 0) | (np.asarray(label) >= network.num_classes)
     if outside.any():
         raise ValueError(

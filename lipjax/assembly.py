@@ -1,8 +1,8 @@
 """Assembly of networks: layers in order become blocks, with shifts and scales folded into their neighbours.
 
-Folding is exact. A scale and shift after a convolution or dense layer goes back into its kernel and bias; before one
-it goes forward. Zero padding adds zeros AFTER the shift, so the shift of an input to a padded convolution becomes a
-bias map that is different at the borders.
+Folding is exact but for the rounding of the parameters. A scale and shift after a convolution or dense layer goes
+back into its kernel and bias; before one it goes forward. Zero padding adds zeros AFTER the shift, so the shift of an
+input to a padded convolution becomes a bias map that is different at the borders.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -44,7 +45,8 @@ class Assembly:
         """
         if self.waiting is not None and math.prod(self.shape) == kernel.shape[0]:
             scale, shift = (jnp.broadcast_to(array, self.shape).ravel() for array in self.waiting)
-            kernel, bias = kernel * scale[:, None], bias + shift @ kernel
+            shifted = jnp.matmul(shift, kernel, precision=jax.lax.Precision.HIGHEST)
+            kernel, bias = kernel * scale[:, None], bias + shifted
             self.waiting = None
         self._affine(layers.dense(kernel, bias, self.shape))
 

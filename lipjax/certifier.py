@@ -109,7 +109,7 @@ class Certifier:
         self.used = np.zeros((rounds, examples), bool)
         self.level = level_of(network, examples, level, delta, key, rounds, rtol)
         self.key = jax.random.key(0) if key is None else checked_key(key)
-        self.network = network
+        rounding.check_range(network)
         planned = len(network.blocks) * (1 + examples * rounds)
         self.ledger = Ledger(planned, getattr(self.level, "delta", math.nan))
         with self._precision():
@@ -253,6 +253,11 @@ def checked_key(key: Array) -> Array:
     if not is_key or key.shape:
         what = f"key has shape {key.shape}" if is_key else f"key={key!r} is a {type(key).__name__}"
         raise ValueError(f"{what}; expected a single key, such as jax.random.key(seed)")
+    if "threefry" not in str(jax.random.key_impl(key)):
+        raise ValueError(
+            f"key is of the generator {jax.random.key_impl(key)}, whose numbers depend on the batch; expected "
+            "jax.random.key(seed, impl='threefry2x32')"
+        )
     return key
 
 
@@ -294,7 +299,9 @@ def _before(
         entering = region.reshape(block.affine.in_shape)
         before = bounds.preactivation(block.affine, entering)
         if absolute is not None:
-            before = rounding.widen(before, block.affine, entering)
+            before = rounding.widen(before, block.affine, entering, error)
+            fits = ~rounding.overflows(block.affine, entering, error)
+            before = dataclasses.replace(before, finite=before.finite & fits)
             error = rounding.inference_error(error, block.affine, entering, whole, absolute)
             error = error * block.activation.lipschitz
         return before, bounds.live_rows(block.activation, before), entering.live, error
@@ -313,7 +320,7 @@ def _join(kept: Region, kept_error: Array, region: Region, error: Array) -> tupl
     def one(kept: Region, kept_error: Array, region: Region, error: Array) -> tuple[Region, Array]:
         joined = bounds.join(kept, region)
         if error.dtype == jnp.float64:
-            return rounding.widen_sum(joined), rounding.sum_error(kept_error, error, joined)
+            return rounding.widen_sum(joined, kept_error), rounding.sum_error(kept_error, error, joined)
         return joined, error
 
     return jax.vmap(one)(kept, kept_error, region, error)
@@ -325,7 +332,11 @@ def _decide(
 ) -> Certificate:
     def one(features: Region, lipschitz: Array, label: Array, error: Array) -> Certificate:
         features = features.reshape(network.head.in_shape)
-        errors = rounding.logit_errors(error, network.head, features) if error.dtype == jnp.float64 else 0.0
+        if error.dtype != jnp.float64:
+            return certificate(network, features, lipschitz, label, level)
+        fits = ~rounding.overflows(network.head, features, error)
+        features = dataclasses.replace(features, finite=features.finite & fits)
+        errors = rounding.logit_errors(error, network.head, features)
         return certificate(network, features, lipschitz, label, level, errors)
 
     return jax.vmap(one)(features, lipschitz, label, error)

@@ -42,6 +42,7 @@ class Pool:
 
 
 Operation = Reshape | Rescale | Pool
+BATCHES = (1, 2, 7, 1024)
 
 
 class UnknownError(Exception):
@@ -51,29 +52,36 @@ class UnknownError(Exception):
 def read(function: Callable[[Array], Array], shape: Shape) -> list[Operation] | None:
     """What a function of a batch does to each example, or None where that is not known.
 
-    The function is traced with a batch of one and one of two examples; one that mixes examples, or treats them
-    differently, is not known.
+    The function is traced with batches of several sizes; one that mixes examples, treats them differently, or
+    depends on their number is not known.
 
     Args:
         function: takes an array (B, *shape).
         shape: of one example.
     """
     found = []
-    for batch in (1, 2):
+    for batch in BATCHES:
         try:
             closed = jax.make_jaxpr(function)(jax.ShapeDtypeStruct((batch, *shape), jnp.float32))
             found.append(_read_jaxpr(closed.jaxpr, closed.consts, batch))
         except Exception:  # whatever a function of the user raises, it is not known
             return None
-    one, two = found
-    same = len(one) == len(two) and all(map(_same, one, two))
+    one = found[0]
+    same = all(len(one) == len(other) and all(map(_same, one, other)) for other in found[1:])
     return one if same else None
 
 
 def _same(a: Operation, b: Operation) -> bool:
     if isinstance(a, Rescale) and isinstance(b, Rescale):
-        return jnp.shape(a.scale) == jnp.shape(b.scale) and jnp.shape(a.shift) == jnp.shape(b.shift)
+        return _equal(a.scale, b.scale) and _equal(a.shift, b.shift)
     return a == b
+
+
+def _equal(a: Array, b: Array) -> bool:
+    """Whether two arrays are the same, as far as that is known while tracing."""
+    if jnp.shape(a) != jnp.shape(b) or isinstance(a, jax.core.Tracer) or isinstance(b, jax.core.Tracer):
+        return jnp.shape(a) == jnp.shape(b)
+    return np.array_equal(a, b)
 
 
 def _read_jaxpr(jaxpr: Any, consts: list, batch: int) -> list[Operation]:

@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from lipjax.convolutions import Padding, Pair, conv, conv_transpose, transpose_kernel
@@ -287,8 +288,10 @@ class MaxPool(Activation):
     padding: Padding = static()
 
     def __call__(self, z: Array) -> Array:
+        if z.shape != self.in_shape:
+            raise ValueError(f"max pooling was made for an image {self.in_shape}, not for {z.shape}")
         padding = ((low, high) for low, high in (*self.padding, (0, 0)))
-        lowest = jnp.asarray(-jnp.inf, z.dtype)
+        lowest = np.array(-np.inf, z.dtype)  # a traced one would have no gradient
         return jax.lax.reduce_window(z, lowest, jax.lax.max, (*self.window, 1), (*self.stride, 1), tuple(padding))
 
     @property

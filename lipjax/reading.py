@@ -146,6 +146,8 @@ def _collected(variables: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 def _parameter(module: Any, variables: Any, name: str, collection: str = "params") -> Array | None:
     """A parameter of an NNX module, or of a Linen module by its variables; None where there is none."""
+    if not getattr(module, f"use_{name}", True):
+        return None
     if variables is None:
         variable = getattr(module, name, None)
         return None if variable is None else jnp.asarray(variable[...])
@@ -164,11 +166,23 @@ def _check_arithmetic(module: Any, variables: Any, place: str) -> None:
     kernel, name = _parameter(module, variables, "kernel"), type(module).__name__
     if kernel is None:
         raise TypeError(f"layer {place}, {name}, has no kernel in the variables; initialise the model first")
-    if kernel.dtype not in (jnp.float32, jnp.float64) or (module.dtype is not None and module.dtype != kernel.dtype):
-        raise TypeError(
-            f"layer {place}, {name}, has a kernel of {kernel.dtype} and computes in {module.dtype or kernel.dtype}; "
-            "supported are float32 and float64, the same in both"
-        )
+    _check_precision(module, variables, place, ("kernel", "bias"))
+
+
+def _check_precision(module: Any, variables: Any, place: str, names: tuple[str, ...]) -> None:
+    """Raises TypeError unless parameters and computation are all float32 or all float64, by Flax's own products."""
+    name = type(module).__name__
+    for parameter in names:
+        value = _parameter(module, variables, parameter)
+        if value is None:
+            continue
+        if value.dtype not in (jnp.float32, jnp.float64) or (module.dtype is not None and module.dtype != value.dtype):
+            raise TypeError(
+                f"layer {place}, {name}, has a {parameter} of {value.dtype} and computes in "
+                f"{module.dtype or value.dtype}; supported are float32 and float64, the same in both"
+            )
+    if module.dtype not in (None, jnp.float32, jnp.float64):
+        raise TypeError(f"layer {place}, {name}, computes in {module.dtype}; supported are float32 and float64")
     defaults = inspect.signature(type(module).__init__).parameters
     options = ("dot_general", "dot_general_cls", "conv_general_dilated", "conv_general_dilated_cls")
     for option in (*options, "promote_dtype", "preferred_element_type"):
@@ -236,6 +250,7 @@ def _batch_norm(module: Any, variables: Any, place: str) -> tuple[Array, Array]:
         )
     if module.axis != -1:
         raise TypeError(f"layer {place}, BatchNorm, has axis={module.axis}, which is not supported: use the last axis")
+    _check_precision(module, variables, place, ("scale", "bias"))
     mean = _parameter(module, variables, "mean", "batch_stats")
     var = _parameter(module, variables, "var", "batch_stats")
     if mean is None or var is None:

@@ -9,14 +9,20 @@ from __future__ import annotations
 import dataclasses
 import math
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from lipjax.layers import Affine, Dense
+from lipjax.networks import Network
 from lipjax.regions import Region
 from lipjax.spectral import length
 
 UNIT64, UNIT32 = 2.0**-53, 2.0**-24
+WIDE_TO_NARROW = 2.0**-28  # a float64 error is smaller than a bound of the float32 error by more than this
+SMALLEST64 = 2.0**-960  # far above what is flushed to zero in float64
+LARGEST32 = 2.0**126  # a fourth of the largest float32 number
 SMALLEST32 = 2.0**-126  # below it float32 results lose digits, or are flushed to zero
 
 
@@ -31,15 +37,30 @@ def gamma(terms: int, unit: float) -> float:
     return terms * unit / (1 - terms * unit)
 
 
-def widen(before: Region, layer: Affine, entering: Region) -> Region:
+def check_range(network: Network) -> None:
+    """Raises ValueError unless all parameters are zero, not finite, or of a magnitude whose products float64 holds."""
+    for leaf in jax.tree.leaves(network):
+        sizes = np.abs(np.asarray(leaf, np.float64))
+        odd = sizes[(sizes > 0) & np.isfinite(sizes) & ((sizes < 1e-60) | (sizes > 1e60))]
+        if odd.size:
+            raise ValueError(
+                f"a parameter of the network is {odd[0]:g}; expected magnitudes from 1e-60 to 1e60, or zero: products "
+                "of others leave float64; rescale the layers"
+            )
+
+
+def widen(before: Region, layer: Affine, entering: Region, error: Array) -> Region:
     """The region before an activation, its box widened by what the float64 pass may have rounded.
 
     Mid points, half widths, centers and row norms are four sums of at most ``layer.terms + 1`` terms and a few
-    operations each, all at most |W| A + |b| with A the largest magnitudes that enter.
+    operations each, all at most |W| A + |b| with A the largest magnitudes that enter. The center that enters is itself
+    off by the rounding of the layers before, and the ball stands around the exact one: ``error`` bounds that of
+    float32, and the same recursion holds for float64 with a unit roundoff that is 2^29 times smaller.
     """
     if before.lower is None or before.upper is None:
         return before
-    slack = 4 * gamma(layer.terms + 8, UNIT64) * magnitude(layer, entering)
+    inherited = WIDE_TO_NARROW * error * layer.row_norms(jnp.ones(layer.in_shape, bool))
+    slack = 4 * gamma(layer.terms + 8, UNIT64) * magnitude(layer, entering) + inherited + SMALLEST64
     return dataclasses.replace(before, lower=before.lower - slack, upper=before.upper + slack)
 
 
@@ -70,11 +91,17 @@ def inference_error(error: Array, layer: Affine, entering: Region, sigma: Array,
     return sigma * error + own + relative * absolute_norm * error
 
 
-def widen_sum(joined: Region) -> Region:
-    """The region of a residual sum, its box widened by what one float64 addition may have rounded."""
+def overflows(layer: Affine, entering: Region, error: Array) -> Array:
+    """Whether a partial sum of float32 inference may overflow, or is not a number; boolean scalar."""
+    return ~(jnp.max(magnitude(layer, entering)) + error < LARGEST32)
+
+
+def widen_sum(joined: Region, kept_error: Array) -> Region:
+    """The region of a residual sum, its box widened by the rounding of one float64 addition and of the kept center."""
     if joined.lower is None or joined.upper is None:
         return joined
-    slack = 8 * UNIT64 * (jnp.maximum(jnp.abs(joined.lower), jnp.abs(joined.upper)) + jnp.abs(joined.center))
+    largest = jnp.maximum(jnp.abs(joined.lower), jnp.abs(joined.upper)) + jnp.abs(joined.center)
+    slack = 8 * UNIT64 * largest + WIDE_TO_NARROW * kept_error + SMALLEST64
     return dataclasses.replace(joined, lower=joined.lower - slack, upper=joined.upper + slack)
 
 

@@ -284,6 +284,9 @@ def test_the_shift_before_a_padded_convolution_is_a_bias_that_differs_at_the_bor
         (nnx.Dropout(0.5, rngs=RNGS), "Dropout, is active"),
         (lambda x: jnp.array([2.0]) / x, "is not supported"),
         (lambda x: x * x, "is not supported"),
+        (lambda x: x / (1 + 1e-4 * (x.shape[0] - 1)), "is not supported"),
+        (lambda x: x * (1.0 if x.shape[0] <= 4 else -1.0), "is not supported"),
+        (nnx.BatchNorm(2, use_running_average=True, dtype=jnp.bfloat16, rngs=RNGS), "computes in"),
         (lambda x: x - x.mean(axis=0, keepdims=True), "is not supported"),
         (lambda x: x + jnp.arange(x.shape[0]).reshape(-1, 1, 1, 1), "is not supported"),
     ],
@@ -307,6 +310,12 @@ def test_linen_models_are_read_with_their_variables():
     np.testing.assert_allclose(network(x), model.apply(variables, x), atol=1e-5)
     with pytest.raises(TypeError, match="needs its variables"):
         from_flax(model, input_shape=(8, 8, 2))
+
+
+def test_variables_that_a_linen_module_does_not_use_are_not_read():
+    model = nn.Sequential([nn.Dense(3, use_bias=False)])
+    variables = {"params": {"layers_0": {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}}}
+    assert not np.any(from_flax(model, variables, input_shape=(2,)).head.bias)
 
 
 def test_a_network_that_computes_something_else_than_its_model_is_refused(monkeypatch):

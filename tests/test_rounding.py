@@ -53,7 +53,7 @@ INPUTS, OUTPUTS = 5, 4
 def _boxes(layer, center, eps):
     entering = l2_ball(center, eps)
     before = bounds.preactivation(layer, entering)
-    return before.box, rounding.widen(before, layer, entering).box
+    return before.box, rounding.widen(before, layer, entering, 0.0).box
 
 
 def boxes(layer, center, eps):
@@ -132,7 +132,7 @@ def test_a_ball_without_a_box_has_nothing_to_widen():
     entering = l2_ball(jnp.asarray(center, jnp.float32), 0.1).without_box()
     layer = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float32), layer)
     before = bounds.preactivation(layer, entering)
-    assert rounding.widen(before, layer, entering) is before
+    assert rounding.widen(before, layer, entering, 0.0) is before
 
 
 # Float32 inference
@@ -146,7 +146,7 @@ def _errors(network, center, eps, sigmas):
         entering = region.reshape(block.affine.in_shape)
         norm = rounding.absolute_norm(block.affine)
         error = rounding.inference_error(error, block.affine, entering, sigma, norm)
-        before = rounding.widen(bounds.preactivation(block.affine, entering), block.affine, entering)
+        before = rounding.widen(bounds.preactivation(block.affine, entering), block.affine, entering, error)
         region = bounds.activate(block.activation, before, sigma)
     return error, rounding.logit_errors(error, network.head, region.reshape(network.head.in_shape))
 

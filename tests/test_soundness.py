@@ -1,5 +1,7 @@
 """Bounds of every kind of network that can be read, against samples of the ball."""
 
+from fractions import Fraction
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -76,3 +78,101 @@ def test_eps_is_in_pixels_whatever_the_model_divides_by():
     # Logits 10 x1 and 2 x2, a margin of 2: the boundary is 2 / hypot(10, 2) away, and the box alone proves 2 / 12.
     radius = lipjax.certified_radius(network, jnp.array([[0.3, 0.5]]), jnp.array([0]), level="deterministic", tol=1e-5)
     assert 2 / 12 - 1e-4 <= float(radius[0]) <= 2 / np.hypot(10, 2)
+
+
+# Findings of a review, each of them once a wrong bound
+
+
+def test_a_center_that_earlier_layers_have_rounded_does_not_move_the_box_away_from_the_truth():
+    # Twelve saturated neurons of weight 1e10 cancel in layer 2 and leave an error of 1e-6 in the float64 center, more
+    # than the radius there. What is left of the signal decides whether layer 3 is dead.
+    for seed in (7, 21):
+        network, slope = cancelling_network(seed)
+        for level in ("deterministic", "probabilistic"):
+            key = jax.random.key(0)
+            bound = lipjax.local_lipschitz(network, np.full((1, 1), 0.5, np.float32), 0.1, level=level, key=key)
+            assert float(bound[0]) >= slope > 0.9
+
+
+def cancelling_network(seed):
+    """A network of one input and its slope between .45 and .55, in exact arithmetic."""
+    rng, hidden = np.random.default_rng(seed), 12
+    theta = np.concatenate([rng.uniform(0.5, 1, hidden), np.ones(4)]).astype(np.float32)
+    weights = (rng.normal(size=hidden) * 1e10).astype(np.float32)
+    rest, corrections = -sum(Fraction(float(w)) * Fraction(float(t)) for w, t in zip(weights, theta, strict=False)), []
+    for _ in range(4):
+        corrections.append(np.float32(float(rest)))
+        rest -= Fraction(float(corrections[-1]))
+    second = np.concatenate([[np.float32(1e-6)], weights, np.array(corrections, np.float32)])
+    first, bias = np.zeros((1, hidden + 5), np.float32), np.concatenate([[0], np.full(hidden + 4, 2.0)])
+    first[0, 0] = 1
+    shift = np.float32(1e-5)
+    exact = Fraction(float(second[0])) / 2 + Fraction(float(shift)) - rest
+    with jax.enable_x64(True):
+        layer = lipjax.dense(
+            jnp.asarray(second, jnp.float64)[:, None], jnp.asarray([shift], jnp.float64), (hidden + 5,)
+        )
+        error = float(layer(jnp.asarray(np.concatenate([[0.5], theta]), jnp.float64))[0]) - float(exact)
+    assert error > 1e-6
+    edge = np.float32(float(exact) + error / 2)
+    layers = [
+        (first, bias, np.concatenate([[10], theta])),
+        (second[:, None], [shift], [1]),
+        ([[-1.0]], [edge], [1]),
+        ([[1e6]], [1.0], [1e6]),
+    ]
+
+    def float32(array):
+        return jnp.asarray(np.asarray(array, np.float32))
+
+    blocks = tuple(
+        lipjax.Block(lipjax.dense(float32(w), float32(b), (len(w),)), lipjax.ClippedReLU(float32(theta)))
+        for w, b, theta in layers
+    )
+    network = lipjax.Network(blocks, lipjax.dense(float32([[1, -1]]), jnp.zeros(2), (1,)))
+
+    def feature(x):
+        z = Fraction(float(second[0])) * x + Fraction(float(shift)) - rest
+        z = Fraction(float(edge)) - min(max(z, Fraction(0)), Fraction(1))
+        return 10**6 * min(max(z, Fraction(0)), Fraction(1)) + 1
+
+    return network, float((feature(Fraction(45, 100)) - feature(Fraction(55, 100))) * 10)
+
+
+def test_nothing_is_certified_where_float32_inference_overflows():
+    kernel, head = jnp.array([[1e25, -1e25]]), jnp.array([[1e25, 2e25], [0, 0]])
+    block = lipjax.Block(lipjax.dense(kernel, jnp.zeros(2), (1,)), lipjax.ReLU())
+    network = lipjax.Network((block,), lipjax.dense(head, jnp.zeros(2), (2,)))
+    x = np.full((1, 1), 0.5, np.float32)
+    assert np.isinf(network(x)).any()
+    assert not lipjax.certify(network, x, np.array([1]), 0.1, level="deterministic").certified.any()
+
+
+def test_pgd_attacks_networks_with_max_pooling():
+    network = lipjax.from_flax(nnx.Sequential(*FOLDED["max pooling that overlaps"]), (6, 6, 2))
+    x = jax.random.uniform(jax.random.key(4), (2, 6, 6, 2))
+    label = jnp.argmax(network(x), axis=1)
+    found = lipjax.pgd(network, x, label, 3.0, jax.random.key(5), num_steps=20)
+    assert np.any(np.asarray(jnp.argmax(network(found), axis=1)) != np.asarray(label))
+
+
+def test_generators_whose_numbers_depend_on_the_batch_are_refused():
+    network = lipjax.from_flax(nnx.Sequential(*FOLDED["activations without a layer between"]), (6, 6, 2))
+    with pytest.raises(ValueError, match="generator rbg, whose numbers depend on the batch"):
+        lipjax.local_lipschitz(network, jnp.zeros((1, 6, 6, 2)), 0.1, key=jax.random.key(0, impl="rbg"))
+
+
+@pytest.mark.parametrize("eps", [5e-324, 1e-308, 1e-101])
+def test_radii_below_the_range_of_float64_products_are_refused(eps):
+    network = lipjax.from_flax(nnx.Sequential(*FOLDED["activations without a layer between"]), (6, 6, 2))
+    with pytest.raises(ValueError, match=r"expected 0, or at least 1e-100"):
+        lipjax.local_lipschitz(network, jnp.zeros((1, 6, 6, 2)), eps, level="deterministic")
+
+
+def test_float64_weights_beyond_the_range_of_products_are_refused():
+    with jax.enable_x64(True):
+        layer = lipjax.dense(jnp.array([[1.0, 1e-170]]), jnp.zeros(2), (1,))
+        head = lipjax.dense(jnp.array([[1e170, 0], [0, 1]]), jnp.zeros(2), (2,))
+        with pytest.raises(ValueError, match=r"a parameter of the network is 1e-170; expected magnitudes"):
+            lipjax.certify(lipjax.Network((lipjax.Block(layer, lipjax.ReLU()),), head), jnp.ones((1, 1)),
+                           jnp.array([0]), 0.1, level="deterministic")  # fmt: skip

@@ -19,6 +19,7 @@ from lipjax.layers import Affine
 from lipjax.networks import Block, Fork, Join, Network
 from lipjax.regions import Region, l2_ball
 
+LEAST_EPS = 1e-100
 LEVELS = ("probabilistic", "deterministic", "estimate")
 
 
@@ -162,7 +163,9 @@ class Certifier:
                 f"example {(*outside, places.max())[0]} in round {round_} was not planned: delta was divided by "
                 f"{self.examples} examples and {self.rounds} rounds, counted from 0; make a Certifier for more"
             )
-        self._check_repetitions(x, eps, places)
+        known = np.broadcast_to(self.sigmas, (len(places), len(self.sigmas)))
+        ceilings = known if ceilings is None else np.minimum(known, ceilings)
+        _check_repetitions(places, x, np.broadcast_to(np.asarray(eps), places.shape), ceilings)
         if self.level.name == "probabilistic":
             if self.used[round_, places].any():
                 again = places[self.used[round_, places]][0]
@@ -172,8 +175,6 @@ class Certifier:
                 )
             self.used[round_, places] = True
         keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.fold_in(self.key, 1 + round_)))(index)
-        known = np.broadcast_to(self.sigmas, (len(places), len(self.sigmas)))
-        ceilings = known if ceilings is None else np.minimum(known, ceilings)
 
         def solve(place: int, layer: Affine, rows: Array, columns: Array) -> norms.Norms:
             found = self.level(place, layer, rows, columns, keys, ceilings[:, place])
@@ -182,17 +183,6 @@ class Certifier:
 
         return self._certify(x, label, eps, solve)
 
-    def _check_repetitions(self, x: Array, eps: Array | float, places: np.ndarray) -> None:
-        """Raises ValueError where a place is there again with another input: padding repeats whole examples only."""
-        _, first, of = np.unique(places, return_index=True, return_inverse=True)
-        inputs, radii = np.asarray(x), np.broadcast_to(np.asarray(eps), places.shape)
-        for k in np.flatnonzero(first[of] != np.arange(len(places))):
-            if not np.array_equal(inputs[k], inputs[first[of[k]]]) or radii[k] != radii[first[of[k]]]:
-                raise ValueError(
-                    f"example {places[k]} is in the batch twice, with different inputs or radii: one start may not "
-                    "serve two masks; give each its own index"
-                )
-
     def _certify(
         self,
         x: Array,
@@ -200,6 +190,9 @@ class Certifier:
         eps: Array | float,
         solve: Callable[[int, Affine, Array, Array], norms.Norms],
     ) -> Found:
+        tiny = np.extract((np.asarray(eps) > 0) & (np.asarray(eps) < LEAST_EPS), eps)
+        if tiny.size:
+            raise ValueError(f"eps is {tiny[0]!s}; expected 0, or at least {LEAST_EPS:g}: smaller radii leave float64")
         with self._precision():
             dtype = self.level.dtype
             radius = jnp.broadcast_to(jnp.asarray(eps, dtype), np.shape(x)[:1])
@@ -241,6 +234,18 @@ class Certifier:
         if self.level.dtype == np.float64:
             return jax.enable_x64(True)
         return contextlib.nullcontext()
+
+
+def _check_repetitions(places: np.ndarray, *given: Array | np.ndarray) -> None:
+    """Raises ValueError where a place is there again with other arguments: padding repeats whole examples only."""
+    _, first, of = np.unique(places, return_index=True, return_inverse=True)
+    for array in map(np.asarray, given):
+        for k in np.flatnonzero(first[of] != np.arange(len(places))):
+            if not np.array_equal(array[k], array[first[of[k]]]):
+                raise ValueError(
+                    f"example {places[k]} is in the batch twice, with different inputs or radii: one start may not "
+                    "serve two masks; give each its own index"
+                )
 
 
 def checked_key(key: Array) -> Array:
@@ -300,9 +305,8 @@ def _before(
         before = bounds.preactivation(block.affine, entering)
         if absolute is not None:
             before = rounding.widen(before, block.affine, entering, error)
-            fits = ~rounding.overflows(block.affine, entering, error)
-            before = dataclasses.replace(before, finite=before.finite & fits)
             error = rounding.inference_error(error, block.affine, entering, whole, absolute)
+            before = rounding.without_overflow(before, rounding.magnitude(block.affine, entering), error)
             error = error * block.activation.lipschitz
         return before, bounds.live_rows(block.activation, before), entering.live, error
 
@@ -320,7 +324,9 @@ def _join(kept: Region, kept_error: Array, region: Region, error: Array) -> tupl
     def one(kept: Region, kept_error: Array, region: Region, error: Array) -> tuple[Region, Array]:
         joined = bounds.join(kept, region)
         if error.dtype == jnp.float64:
-            return rounding.widen_sum(joined, kept_error), rounding.sum_error(kept_error, error, joined)
+            error = rounding.sum_error(kept_error, error, joined)
+            widened = rounding.widen_sum(joined, kept_error)
+            return rounding.without_overflow(widened, jnp.abs(jnp.stack(widened.box)), error), error
         return joined, error
 
     return jax.vmap(one)(kept, kept_error, region, error)
@@ -334,9 +340,8 @@ def _decide(
         features = features.reshape(network.head.in_shape)
         if error.dtype != jnp.float64:
             return certificate(network, features, lipschitz, label, level)
-        fits = ~rounding.overflows(network.head, features, error)
-        features = dataclasses.replace(features, finite=features.finite & fits)
         errors = rounding.logit_errors(error, network.head, features)
+        features = rounding.without_overflow(features, rounding.magnitude(network.head, features), errors)
         return certificate(network, features, lipschitz, label, level, errors)
 
     return jax.vmap(one)(features, lipschitz, label, error)

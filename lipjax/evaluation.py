@@ -22,8 +22,6 @@ from lipjax.radius import certified_radii
 
 Columns = dict[str, np.ndarray]
 STAGES = ("prediction", "global", "attack", "local")
-
-
 ATTACK_STEPS, ATTACK_ROUNDS = 25, 4  # the paper's 100 steps; who is broken after a round leaves
 ATTACK_SHARES = (0.25, 0.5, 0.75, 1, 1.5, 2)  # of eps, where the PGD curve is measured
 CURVE_POINTS = 51

@@ -188,12 +188,18 @@ class Activation:
         raise NotImplementedError
 
     def live_rows(self, lower: Array, upper: Array) -> Array:
-        """The rows of the layer before that matter: all others can be dropped without changing any output."""
-        raise NotImplementedError
+        """The rows of the layer before that matter, all unless an activation knows better.
+
+        All others can be dropped without changing any output.
+        """
+        return jnp.ones(lower.shape, bool)
 
     def live_outputs(self, lower: Array, upper: Array) -> Array:
-        """The outputs that vary over the box: every other one is exactly constant on it."""
-        raise NotImplementedError
+        """The outputs that vary over the box, all unless an activation knows better, shaped like the output.
+
+        Every other one is exactly constant on the box.
+        """
+        return jnp.ones(lower.shape, bool)
 
 
 # The masks below define DEAD and negate it: a comparison with NaN is false, so a NaN bound comes out live.
@@ -206,11 +212,6 @@ class Identity(Activation):
 
     def __call__(self, z: Array) -> Array:
         return z
-
-    def live_rows(self, lower: Array, upper: Array) -> Array:
-        return jnp.ones(lower.shape, bool)
-
-    live_outputs = live_rows
 
 
 @jax.tree_util.register_dataclass
@@ -261,11 +262,6 @@ class MaxMin(Activation):
         first, second = jnp.split(z, 2, axis=-1)
         return jnp.concatenate([jnp.maximum(first, second), jnp.minimum(first, second)], axis=-1)
 
-    def live_rows(self, lower: Array, upper: Array) -> Array:
-        return jnp.ones(lower.shape, bool)
-
-    live_outputs = live_rows
-
 
 @jax.tree_util.register_dataclass
 @layer
@@ -303,9 +299,6 @@ class MaxPool(Activation):
             overlap *= max(sum(start <= i < start + window for start in starts) for i in range(size))
         root = math.isqrt(overlap)
         return float(root) if root * root == overlap else math.nextafter(math.sqrt(overlap), math.inf)
-
-    def live_rows(self, lower: Array, upper: Array) -> Array:
-        return jnp.ones(lower.shape, bool)
 
     def live_outputs(self, lower: Array, upper: Array) -> Array:
         return ~(self(upper) <= self(lower))

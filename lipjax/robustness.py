@@ -19,8 +19,6 @@ from lipjax.networks import Network
 from lipjax.radius import certified_radii
 from lipjax.regions import check_pixels, l2_ball
 
-LEAST_EPS = 1e-100
-
 
 def certify(
     network: Network,
@@ -192,8 +190,6 @@ def _check(network: Network, x: Array, eps: Array | float, *, traced: bool = Fal
         return
     if isinstance(eps, str) or not eps >= 0 or math.isinf(eps):
         raise ValueError(f"eps is {eps!r}; expected a finite radius of at least 0, in [0, 1] pixels")
-    if 0 < eps < LEAST_EPS:
-        raise ValueError(f"eps is {eps!r}; expected 0, or at least {LEAST_EPS:g}: smaller radii leave float64")
     wrong = ~np.isfinite(np.asarray(x)).reshape(len(x), -1).all(axis=1)
     if wrong.any():
         raise ValueError(f"x[{np.flatnonzero(wrong)[0]}] holds NaN or infinity; expected pixels in [0, 1]")

@@ -91,9 +91,16 @@ def inference_error(error: Array, layer: Affine, entering: Region, sigma: Array,
     return sigma * error + own + relative * absolute_norm * error
 
 
-def overflows(layer: Affine, entering: Region, error: Array) -> Array:
-    """Whether a partial sum of float32 inference may overflow, or is not a number; boolean scalar."""
-    return ~(jnp.max(magnitude(layer, entering)) + error < LARGEST32)
+def without_overflow(region: Region, largest: Array, error: Array) -> Region:
+    """The region, finite only where no float32 number that leads to it can overflow.
+
+    Args:
+        region: what is computed.
+        largest: bounds of all exact partial sums, as of :func:`magnitude`.
+        error: how far the float32 ones may be from them.
+    """
+    fits = jnp.max(largest) + jnp.max(error) < LARGEST32  # false for NaN
+    return dataclasses.replace(region, finite=region.finite & fits)
 
 
 def widen_sum(joined: Region, kept_error: Array) -> Region:

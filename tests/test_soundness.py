@@ -148,6 +148,28 @@ def test_nothing_is_certified_where_float32_inference_overflows():
     assert not lipjax.certify(network, x, np.array([1]), 0.1, level="deterministic").certified.any()
 
 
+def test_nothing_is_certified_where_a_residual_sum_overflows():
+    # Each doubling fits, the fourth does not, and the tiny weights after it would hide that.
+    block = lipjax.Block(lipjax.dense(jnp.array([[2.0**125, 0.0]]), jnp.zeros(2), (1,)), lipjax.ReLU())
+    head = lipjax.dense(2.0**-120 * jnp.array([[1.0, 0.0], [0.0, 0.0]]), jnp.zeros(2), (2,))
+    sums = (lipjax.Fork(), lipjax.Join()) * 4
+    x, label = np.full((1, 1), 0.9, np.float32), np.array([0])
+    network = lipjax.Network((block, *sums), head)
+    assert np.isinf(network(x)).any()
+    assert not lipjax.certify(network, x, label, 0.1, level="deterministic").certified.any()
+    fits = lipjax.Network((block,), head)
+    assert lipjax.certify(fits, x, label, 0.1, level="deterministic").certified.all()
+
+
+def test_a_certifier_refuses_radii_that_leave_float64():
+    network = lipjax.from_flax(nnx.Sequential(*FOLDED["activations without a layer between"]), (6, 6, 2))
+    certifier = lipjax.Certifier(network, 1, level="deterministic")
+    x, label = np.zeros((1, 6, 6, 2), np.float32), np.array([0])
+    for call in (certifier.globally, lambda *given: certifier.locally(*given, np.array([0]))):
+        with pytest.raises(ValueError, match="expected 0, or at least 1e-100"):
+            call(x, label, 1e-200)
+
+
 def test_pgd_attacks_networks_with_max_pooling():
     network = lipjax.from_flax(nnx.Sequential(*FOLDED["max pooling that overlaps"]), (6, 6, 2))
     x = jax.random.uniform(jax.random.key(4), (2, 6, 6, 2))

@@ -464,12 +464,13 @@ def test_a_tie_is_not_certified(eps):
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_nan_or_inf_in_the_input_is_not_certified(bad):
+def test_nan_or_inf_in_the_input_has_no_bounds_and_is_refused(bad):
     network, x = _sure()
     batch = jnp.concatenate([x, x.at[0, 1].set(bad)])
     bounds = bounds_of(network, batch, 0.1)
     assert bounds.features.finite.tolist() == [True, False]
-    assert certified(network, batch, jnp.array([0, 0]), 0.1).certified.tolist() == [True, False]
+    with pytest.raises(ValueError, match=r"x\[1\] holds NaN or infinity"):
+        certified(network, batch, jnp.array([0, 0]), 0.1)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])

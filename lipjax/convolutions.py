@@ -18,6 +18,8 @@ from jax.custom_derivatives import SymbolicZero
 Pair = tuple[int, int]
 Padding = tuple[Pair, Pair]
 
+FEW_CHANNELS = 4  # up to which a float64 convolution is computed tap by tap
+
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
 def conv(x: Array, kernel: Array, stride: Pair, padding: Padding) -> Array:
@@ -105,8 +107,23 @@ def _transpose(
         # the zeros are added first, and the barrier keeps them from being merged into the convolution again.
         y = lax.optimization_barrier(lax.pad(y, jnp.zeros((), y.dtype), [(*pad, 0) for pad in (*pads, (0, 0))]))
         pads = ((0, 0), (0, 0))
+        if transposed.shape[3] <= FEW_CHANNELS:
+            return _depth_to_space(_by_taps(convolve, y, transposed), stride, firsts, padding, shape)
     phases = convolve(y, transposed, (1, 1), pads)
     return _depth_to_space(phases, stride, firsts, padding, shape)
+
+
+def _by_taps(convolve: Callable[..., Array], y: Array, kernel: Array) -> Array:
+    """An unpadded convolution as one product of pixels with all taps, whose results are then shifted and added.
+
+    XLA's CPU backend gathers a window per output first, which costs more than the products where there are few
+    channels to compute from it.
+    """
+    kh, kw, c_in, c_out = kernel.shape
+    rows, columns = y.shape[0] - kh + 1, y.shape[1] - kw + 1
+    products = convolve(y, kernel.transpose(2, 0, 1, 3).reshape(1, 1, c_in, -1), (1, 1), ((0, 0), (0, 0)))
+    taps = products.reshape(*y.shape[:2], kh, kw, c_out)
+    return sum(taps[a : a + rows, b : b + columns, a, b] for a in range(kh) for b in range(kw))
 
 
 def _depth_to_space(phases: Array, stride: Pair, firsts: list[int], padding: Padding, shape: tuple) -> Array:

@@ -10,8 +10,11 @@ p_k(sigma^2) times that of the start, is at most 1. A random start has at least 
 delta, and p_k grows beyond its largest root, so sigma^2 <= t for the t at which p_k(t) = 1 / t_delta. The bad event is
 a property of the start alone: one start serves every k.
 
-This is Golub-Kahan bidiagonalisation, T_k = B_k^T B_k, with the vectors of one side alone: half of the memory and half
-of the orthogonalisation. Everything here is in float64.
+The identity is that of the three-term recurrence alone. It does not ask for orthogonal vectors, so none are kept: a
+process is two vectors and its T_k. (What rounding takes from orthogonality comes back as copies of eigenvalues that
+were found already, and costs a few steps.) Only the first steps are orthogonalised against each other, so that a map of
+few dimensions ends in an exact T_k. This is Golub-Kahan bidiagonalisation, T_k = B_k^T B_k, with the vectors of one
+side. Everything here is in float64.
 """
 
 from __future__ import annotations
@@ -26,9 +29,9 @@ from jax import Array, lax
 
 from lipjax.spectral import length
 
-CHUNK = 8  # vectors that are orthogonalised against at a time
-CHECK_EVERY = 8  # steps between two looks at the gap
-HALVINGS = 40  # of the logarithm of the root's bracket
+FIRST_STEPS = 16  # steps whose vectors are orthogonalised against each other
+MORE_STEPS = 16  # steps between two looks at the bounds after that
+HALVINGS = 32  # of the logarithm of a root's bracket
 BREAKDOWN = 1e-13  # an off-diagonal below this share of the largest diagonal entry ends the process
 NOISE = 1e-15  # share of the largest diagonal entry that rounding leaves in an off-diagonal that should be zero
 ROUNDING = 1e-12  # added to t for the rounding of products and recurrence
@@ -36,19 +39,29 @@ ROUNDING = 1e-12  # added to t for the rounding of products and recurrence
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Enclosure:
-    """What the process knows about the spectral norms of a batch.
+class Process:
+    """Lanczos processes of a batch after some steps, and what they say about the spectral norms.
 
     Attributes:
-        lower: lower bounds (B,), certain.
-        upper: upper bounds (B,), each but for the probability that belongs to its start; infinite where anything was
-            not finite.
-        steps: Lanczos steps, two products each; scalar.
+        u: the next vectors (B, n), of length 1; zero where the process has broken down.
+        last: the vectors before them (B, n).
+        diagonal: of T_k (B, max_steps).
+        off: off-diagonals of T_k and the residual (B, max_steps).
+        size: size of T_k where the process has broken down, more than max_steps where it goes on (B,).
+        exact: whether the largest eigenvalue of T_k is sigma^2 itself (B,).
+        lower: lower bounds of sigma (B,), certain.
+        upper: upper bounds of sigma (B,), each but for the probability that belongs to its start; infinite where
+            anything was not finite.
     """
 
+    u: Array
+    last: Array
+    diagonal: Array
+    off: Array
+    size: Array
+    exact: Array
     lower: Array
     upper: Array
-    steps: Array
 
 
 def smallest_start(delta: float, entries: int) -> float:
@@ -72,129 +85,112 @@ def smallest_start(delta: float, entries: int) -> float:
     return t_delta
 
 
-def enclose(
-    gram: Callable[[Array], Array],
-    start: Array,
-    t_delta: Array | float,
-    ceiling: Array | float = jnp.inf,
-    *,
-    rtol: Array | float,
-    max_steps: int,
-    leave: float = 0.0,
-) -> Enclosure:
-    """Enclose the largest singular values of a batch of linear maps.
+def begin(start: Array, ceiling: Array | float = jnp.inf, *, max_steps: int) -> Process:
+    """Processes that have made no step.
+
+    Args:
+        start: random unit vectors (B, n), uniform over directions, independent of the maps; zero for a map that is 0.
+        ceiling: upper bound of all norms that is known already, such as the norm of the whole layer.
+        max_steps: the most steps that will be made.
+    """
+    zeros = jnp.zeros(start.shape[:1], start.dtype)
+    table = jnp.zeros((len(start), max_steps), start.dtype)
+    return Process(
+        u=start,
+        last=jnp.zeros_like(start),
+        diagonal=table,
+        off=table,
+        size=jnp.full_like(zeros, max_steps + 1, jnp.int32),
+        exact=jnp.zeros_like(zeros, bool),
+        lower=zeros,
+        upper=jnp.full_like(zeros, ceiling),
+    )
+
+
+def first_steps(gram: Callable[[Array], Array], process: Process, t_delta: Array | float) -> Process:
+    """The first ``FIRST_STEPS`` steps, or as many as there may be, and the bounds that follow.
 
     Args:
         gram: ``u -> W^T W u`` for vectors (B, n), each with the map of its own example.
-        start: random unit vectors (B, n), uniform over directions, independent of the maps; zero for a map that is 0.
+        process: see :func:`begin`.
         t_delta: see :func:`smallest_start`.
-        ceiling: upper bound of all norms that is known already, such as the norm of the whole layer.
-        rtol: stop when upper / lower - 1 is at most this for all but the share ``leave`` of the batch.
-        max_steps: cap on the steps.
-        leave: share of the batch that may be left unfinished.
-
-    Returns:
-        The enclosure of each example, whether finished or not.
 
     Soundness:
-        Upper bounds, each with a probability of at least 1 - delta over its start.
+        Upper bounds, each with a probability of at least 1 - delta over its start, after any number of steps.
 
     Reference:
         [DHV00], [Hoc13].
     """
-    batch, entries = start.shape
-    capacity = -(-min(max_steps, entries) // CHUNK) * CHUNK
-    zeros = jnp.zeros((batch,), start.dtype)
+    start, steps = process.u, min(FIRST_STEPS, process.diagonal.shape[1])
     dimension = jnp.sum(start != 0, axis=1)
-    initial = (
-        jnp.int32(0),
-        jnp.zeros((capacity // CHUNK, batch, CHUNK, entries), start.dtype),
-        start,
-        jnp.zeros_like(start),
-        jnp.zeros((capacity, batch), start.dtype),
-        jnp.zeros((capacity, batch), start.dtype),
-        jnp.full((batch,), capacity + 1, jnp.int32),
-        jnp.zeros((batch,), bool),
-        zeros,
-        jnp.full_like(zeros, ceiling),
+
+    def advance(step: Array, carry: tuple[Process, Array]) -> tuple[Process, Array]:
+        process, basis = carry
+        basis = basis.at[:, step].set(process.u)
+        process = _step(gram, step, process, lambda vector: _orthogonal(vector, basis))
+        # Where the basis spans everything, nothing is left out.
+        spanned = (process.size == step + 1) & (step + 1 >= dimension)
+        return dataclasses.replace(process, exact=process.exact | spanned), basis
+
+    basis = jnp.zeros((len(start), steps, start.shape[1]), start.dtype)
+    process, _ = lax.fori_loop(0, steps, advance, (process, basis))
+    return _bounded(process, steps, t_delta)
+
+
+def more_steps(gram: Callable[[Array], Array], process: Process, step: Array | int, t_delta: Array | float) -> Process:
+    """``MORE_STEPS`` steps of processes that have made ``step``, or as many as are left, and the bounds that follow.
+
+    Args and Soundness: see :func:`first_steps`.
+    """
+    end = jnp.minimum(step + MORE_STEPS, process.diagonal.shape[1])
+    process = lax.fori_loop(step, end, lambda step, process: _step(gram, step, process, lambda image: image), process)
+    return _bounded(process, end, t_delta)
+
+
+def _step(
+    gram: Callable[[Array], Array], step: Array, process: Process, orthogonal: Callable[[Array], Array]
+) -> Process:
+    u, off = process.u, process.off
+    image = gram(u)
+    along = jnp.sum(u * image, axis=1)
+    diagonal = process.diagonal.at[:, step].set(along)
+    before = jnp.where(step > 0, off[:, step - 1], 0)
+    image = orthogonal(image - along[:, None] * u - before[:, None] * process.last)
+    residual = jax.vmap(length)(image)
+    largest = jnp.max(diagonal, axis=1)
+    # The start may have had so small a part outside of the invariant space that rounding hides it: the residual counts
+    # with its noise.
+    broken = residual <= BREAKDOWN * largest
+    return Process(
+        u=jnp.where(broken[:, None], 0, image / jnp.where(broken, 1, residual)[:, None]),
+        last=u,
+        diagonal=diagonal,
+        off=off.at[:, step].set(jnp.where(broken, residual + NOISE * largest, residual)),
+        size=jnp.where(broken, jnp.minimum(process.size, step + 1), process.size),
+        exact=process.exact | (broken & (largest == 0)),
+        lower=process.lower,
+        upper=process.upper,
     )
 
-    def unfinished(carry: tuple) -> Array:
-        step, *_, lower, upper = carry
-        return (step < capacity) & (jnp.mean(upper > lower * (1 + rtol)) > leave)
 
-    def advance(carry: tuple) -> tuple:
-        step, basis, u, last, diagonal, off, size, exact, lower, upper = carry
-        zero = jnp.zeros_like(step)
-        basis = lax.dynamic_update_slice(basis, u[None, :, None], (step // CHUNK, zero, step % CHUNK, zero))
-        image = gram(u)
-        along = jnp.sum(u * image, axis=1)
-        diagonal = diagonal.at[step].set(along)
-        image = image - along[:, None] * u - jnp.where(step > 0, off[step - 1], 0)[:, None] * last
-        image = _orthogonal(image, basis, step)
-        residual = _lengths(image)
-        largest = jnp.max(diagonal, axis=0)
-        broken = residual <= BREAKDOWN * largest
-        # Where the basis spans everything, nothing is left out. Else the start may have had so small a part outside of
-        # the invariant space that rounding hides it, and the residual counts with its noise.
-        ends = broken & (size > capacity)
-        exact = exact | (ends & ((step + 1 >= dimension) | (largest == 0)))
-        off = off.at[step].set(jnp.where(broken, residual + NOISE * largest, residual))
-        size = jnp.where(broken, jnp.minimum(size, step + 1), size)
-        u, last = jnp.where(broken[:, None], 0, image / jnp.where(broken, 1, residual)[:, None]), u
-        look = ((step + 1) % CHECK_EVERY == 0) | (step + 1 == capacity)
-        lower, upper = lax.cond(
-            look,
-            lambda: _bounds(diagonal, off, size, exact, step + 1, t_delta, lower, upper),
-            lambda: (lower, upper),
-        )
-        return step + 1, basis, u, last, diagonal, off, size, exact, lower, upper
-
-    step, *_, lower, upper = lax.while_loop(unfinished, advance, initial)
-    return Enclosure(lower, upper, step)
+def _orthogonal(vector: Array, basis: Array) -> Array:
+    """The vectors (B, n) without their parts along the basis vectors (B, k, n), taken out twice."""
+    for _ in range(2):
+        vector = vector - jnp.einsum("bj,bjn->bn", jnp.einsum("bjn,bn->bj", basis, vector), basis)
+    return vector
 
 
-def _orthogonal(vector: Array, basis: Array, step: Array) -> Array:
-    """The vectors (B, n) without their parts along the basis vectors so far.
-
-    The three-term recurrence has taken out the two large parts before; a second pass is only needed where the first
-    one takes out much again ("twice is enough").
-    """
-
-    def subtract(chunk: Array, vector: Array) -> Array:
-        rows = basis[chunk]
-        return vector - jnp.einsum("bj,bjn->bn", jnp.einsum("bjn,bn->bj", rows, vector), rows)
-
-    def pass_over(vector: Array) -> Array:
-        return lax.fori_loop(0, step // CHUNK + 1, subtract, vector)
-
-    once = pass_over(vector)
-    return lax.cond(jnp.any(_lengths(once) < 0.7 * _lengths(vector)), pass_over, lambda once: once, once)
-
-
-def _lengths(vectors: Array) -> Array:
-    return jax.vmap(length)(vectors)
-
-
-def _bounds(
-    diagonal: Array,
-    off: Array,
-    size: Array,
-    exact: Array,
-    steps: Array,
-    t_delta: Array | float,
-    lower: Array,
-    upper: Array,
-) -> tuple[Array, Array]:
-    """Square roots of the largest eigenvalue of T_k and of the root of p_k(t) = 1 / t_delta, for each example.
+def _bounded(process: Process, steps: Array | int, t_delta: Array | float) -> Process:
+    """The processes after ``steps`` steps with the bounds that follow: square roots of the largest eigenvalue of T_k
+    and of the root of p_k(t) = 1 / t_delta.
 
     p_k(t) is the product of the pivots d_j of t I - T_k over that of the off-diagonals, and t is above the largest
     eigenvalue exactly where all pivots are positive. Both roots are found by halving the logarithm of a bracket, and
     its outer end is what counts. Where T_k is ``exact``, its largest eigenvalue is sigma^2.
     """
-    capacity = diagonal.shape[0]
-    count = jnp.minimum(size, steps)
-    place = jnp.arange(capacity)[:, None]
+    diagonal, off, exact = process.diagonal.T, process.off.T, process.exact
+    count = jnp.minimum(process.size, steps)
+    place = jnp.arange(diagonal.shape[0])[:, None]
     used = place < count[None]
     target = -jnp.log(t_delta) + jnp.sum(jnp.where(used, jnp.log(jnp.where(used & (off > 0), off, 1)), 0), axis=0)
     # Where t >= a_j + b_{j-1} / c + b_j c for every j, all p_j / p_{j-1} are at least c.
@@ -228,4 +224,5 @@ def _bounds(
     low, high = lax.fori_loop(0, HALVINGS, halve, pair)
     finite = jnp.isfinite(jnp.sum(jnp.where(used, diagonal + off, 0), axis=0)) & jnp.isfinite(high[1])
     found = jnp.where(finite, jnp.sqrt(high[1] * (1 + ROUNDING)), jnp.inf)
-    return jnp.maximum(lower, jnp.where(finite, jnp.sqrt(low[0]), 0)), jnp.minimum(upper, found)
+    lower = jnp.maximum(process.lower, jnp.where(finite, jnp.sqrt(low[0]), 0))
+    return dataclasses.replace(process, lower=lower, upper=jnp.minimum(process.upper, found))

@@ -20,11 +20,7 @@ from lipjax import deterministic, lanczos, spectral
 from lipjax.bounds import linear_map
 from lipjax.layers import Affine, Conv
 
-BASIS_BYTES = 1 << 32  # memory for the Lanczos vectors of one batch on an accelerator
-CACHE_BYTES = 1 << 23  # on a CPU: what is orthogonalised against at a time stays in the cache
 CHUNK_ITERS = 32  # power iterations between two looks at who has converged
-FIRST_STEPS = 256  # capacity of the first attempt at a batch: few norms need more
-LEAVE = 1 / 8  # share of a batch that may be left for later, when it is iterated with others like it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,36 +100,30 @@ class Lanczos:
     delta: float
     rtol: float = 1e-3
     max_steps: int = 512
-    batch_size: int = 256
+    batch_size: int = 128
     name = "probabilistic"
     dtype = np.float64
 
     def __call__(self, place: int, layer: Affine, rows: Array, columns: Array, keys: Array, ceiling: Any) -> Norms:
         count, length = rows.shape[0], min(math.prod(layer.in_shape), math.prod(layer.out_shape))
-        t_delta = lanczos.smallest_start(self.delta, length)
+        # Half of what a start has along the top direction is left to the rounding of the process.
+        t_delta = lanczos.smallest_start(self.delta, length) / 2
         layer, scale = _scaled(layer)
-        lower, upper = np.zeros(count), np.array(np.broadcast_to(ceiling, count)) / scale
-        ceiling, products = upper.copy(), np.zeros(count, int)
+        ceiling = np.broadcast_to(ceiling, count) / scale
+        process = _lanczos_start(layer, rows, columns, keys, place, ceiling, self.max_steps)
+        upper, gap, products = np.array(ceiling), np.full(count, np.nan), np.zeros(count, int)
         asked = unfinished = _masked(rows, columns, ceiling)
-        steps = min(FIRST_STEPS, self.max_steps)
-        while unfinished.size:
-            size = max(1, min(count, self.batch_size, _room(steps, length)))
-            last = steps >= min(self.max_steps, length)
-            for part in parts(unfinished, size):
-                found = _enclose(
-                    layer, rows, columns, keys, part, place, t_delta, ceiling, self.rtol, steps, 0 if last else LEAVE
-                )
-                # The same start gives the same process, only longer: the tighter bound counts.
-                lower[part] = np.maximum(lower[part], found.lower)
-                upper[part] = np.minimum(upper[part], found.upper)
-                products[part] += 2 * int(found.steps)
-            if last:
-                break
-            unfinished = unfinished[upper[unfinished] > lower[unfinished] * (1 + self.rtol)]
-            steps = min(2 * steps, self.max_steps)
-        gap = np.full(count, np.nan)
-        with np.errstate(invalid="ignore", divide="ignore"):
-            gap[asked] = np.where(upper[asked] == 0, 0.0, upper[asked] / lower[asked] - 1)
+        step = 0
+        while unfinished.size and step < self.max_steps:
+            for part in parts(unfinished, min(self.batch_size, count)):
+                process = _lanczos_advance(layer, rows, columns, part, process, step, t_delta, first=step == 0)
+            step = min(step + (lanczos.MORE_STEPS if step else lanczos.FIRST_STEPS), self.max_steps)
+            products[unfinished] = 2 * step
+            lower, upper = np.asarray(process.lower), np.asarray(process.upper)
+            unfinished = asked[upper[asked] > lower[asked] * (1 + self.rtol)]
+        if asked.size:
+            with np.errstate(invalid="ignore", divide="ignore"):
+                gap[asked] = np.where(upper[asked] == 0, 0.0, upper[asked] / lower[asked] - 1)
         return Norms(upper * scale, products, gap)
 
 
@@ -190,13 +180,6 @@ def _scaled(layer: Affine) -> tuple[Affine, float]:
     return dataclasses.replace(layer, kernel=layer.kernel / scale), scale
 
 
-def _room(steps: int, length: int) -> int:
-    """How many examples of that many Lanczos vectors are best iterated together."""
-    if jax.default_backend() == "cpu":
-        return CACHE_BYTES // (8 * lanczos.CHUNK * length)
-    return BASIS_BYTES // (8 * steps * length)
-
-
 def _oriented(layer: Affine, rows: Array, columns: Array) -> spectral.LinearMap:
     return linear_map(layer).masked(rows, columns).from_smaller_side()
 
@@ -238,39 +221,41 @@ def _power_advance(
     )
 
 
-@functools.partial(jax.jit, static_argnames=("steps", "leave"))
-def _enclose(
+@functools.partial(jax.jit, static_argnames="max_steps")
+def _lanczos_start(
+    layer: Affine, rows: Array, columns: Array, keys: Array, place: int, ceiling: Array, max_steps: int
+) -> lanczos.Process:
+    def one(rows: Array, columns: Array, key: Array) -> Array:
+        return _start(key, place, _oriented(layer, rows, columns)).ravel()
+
+    return lanczos.begin(jax.vmap(one)(rows, columns, keys), ceiling, max_steps=max_steps)
+
+
+@functools.partial(jax.jit, static_argnames="first", donate_argnames="process")
+def _lanczos_advance(
     layer: Affine,
     rows: Array,
     columns: Array,
-    keys: Array,
     part: Array,
-    place: int,
+    process: lanczos.Process,
+    step: int,
     t_delta: float,
-    ceiling: Array,
-    rtol: float,
-    steps: int,
-    leave: float,
-) -> lanczos.Enclosure:
-    """The Lanczos process of the examples ``part`` of the cohort."""
-    rows, columns, keys, ceiling = rows[part], columns[part], keys[part], ceiling[part]
+    *,
+    first: bool,
+) -> lanczos.Process:
+    """Some steps more for the examples ``part`` of the cohort: the processes of all."""
+    rows, columns = rows[part], columns[part]
 
-    def gram(rows: Array, columns: Array, u: Array) -> Array:
+    def one(rows: Array, columns: Array, u: Array) -> Array:
         oriented = _oriented(layer, rows, columns)
         return oriented.rmatvec(oriented.matvec(u.reshape(oriented.in_shape))).ravel()
 
-    def start(rows: Array, columns: Array, key: Array) -> Array:
-        return _start(key, place, _oriented(layer, rows, columns)).ravel()
+    def gram(u: Array) -> Array:
+        return jax.vmap(one)(rows, columns, u)
 
-    return lanczos.enclose(
-        lambda u: jax.vmap(gram)(rows, columns, u),
-        jax.vmap(start)(rows, columns, keys),
-        t_delta,
-        ceiling,
-        rtol=rtol,
-        max_steps=steps,
-        leave=leave,
-    )
+    some = jax.tree.map(lambda leaf: leaf[part], process)
+    advanced = lanczos.first_steps(gram, some, t_delta) if first else lanczos.more_steps(gram, some, step, t_delta)
+    return jax.tree.map(lambda leaf, new: leaf.at[part].set(new), process, advanced)
 
 
 @jax.jit

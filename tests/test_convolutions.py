@@ -7,6 +7,7 @@ import oracles
 import pytest
 from jax import lax
 
+from lipjax import convolutions
 from lipjax.convolutions import conv, conv_transpose, transpose_kernel
 
 # (H, W, C), (kh, kw), channels, stride, padding
@@ -52,6 +53,18 @@ def test_conv_is_its_dense_matrix(case):
     out = conv(x, kernel, stride, padding)
     assert out.shape == y.shape
     close(out.ravel(), matrix @ np.asarray(x, np.float64).ravel())
+
+
+@pytest.mark.parametrize("few", [0, 100], ids=["windows", "taps"])
+@pytest.mark.parametrize("case", CASES, ids=IDS)
+def test_float64_transposes_are_the_transposed_matrix_either_way(case, few, monkeypatch):
+    monkeypatch.setattr(convolutions, "FEW_CHANNELS", few)
+    with jax.enable_x64(True):
+        x, kernel, y, stride, padding, matrix = sample(case)
+        y, kernel = y.astype(jnp.float64), kernel.astype(jnp.float64)
+        back = conv_transpose(y, transpose_kernel(kernel, stride), stride, padding, x.shape)
+        assert back.dtype == jnp.float64
+        close(back.ravel(), matrix.T @ np.asarray(y).ravel(), 1e-13)
 
 
 @pytest.mark.parametrize("case", CASES, ids=IDS)

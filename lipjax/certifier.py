@@ -41,9 +41,9 @@ class Ledger:
     products: int = 0
     largest_gap: float = math.nan
 
-    def enter(self, found: norms.Norms, starts: int) -> None:
-        """Count what was spent on some norms."""
-        self.starts += starts
+    def enter(self, found: norms.Norms, places: np.ndarray) -> None:
+        """Count what was spent on norms of the examples at some places; padding repeats places."""
+        self.starts += len(np.unique(places[found.drawn]))
         self.products += int(found.products.sum())
         self.largest_gap = float(np.fmax(self.largest_gap, np.max(found.gap)))
 
@@ -129,8 +129,7 @@ class Certifier:
         """Certificates of a batch with the norms of the whole layers: no start is drawn, no iteration is made."""
 
         def known(place: int, layer: Affine, rows: Array, columns: Array) -> norms.Norms:
-            count = len(rows)
-            return norms.Norms(np.full(count, self.sigmas[place]), np.zeros(count, int), np.full(count, np.nan))
+            return norms.known(self.sigmas[place], len(rows))
 
         return self._certify(x, label, eps, known)
 
@@ -178,7 +177,7 @@ class Certifier:
 
         def solve(place: int, layer: Affine, rows: Array, columns: Array) -> norms.Norms:
             found = self.level(place, layer, rows, columns, keys, ceilings[:, place])
-            self.ledger.enter(found, len(np.unique(places)))
+            self.ledger.enter(found, places)
             return found
 
         return self._certify(x, label, eps, solve)
@@ -226,7 +225,7 @@ class Certifier:
             layer = block.affine
             masks = jnp.ones((1, *layer.out_shape), bool), jnp.ones((1, *layer.in_shape), bool)
             norm = level(place, layer, *masks, jax.random.fold_in(self.key, 0)[None], np.inf)
-            self.ledger.enter(norm, 1)
+            self.ledger.enter(norm, np.zeros(1, int))
             found.append(norm.sigma[0])
         return np.asarray(found, np.float64)
 

@@ -31,11 +31,19 @@ class Norms:
         sigma: the norms (N,).
         products: products with W or its transpose that each took (N,).
         gap: upper / lower - 1 (N,), not a number where there is no such pair of bounds.
+        drawn: whether a random start was drawn (N,).
     """
 
     sigma: np.ndarray
     products: np.ndarray
     gap: np.ndarray
+    drawn: np.ndarray
+
+
+def known(sigma: float, count: int) -> Norms:
+    """A norm that ``count`` examples share, at no cost."""
+    zeros = np.zeros(count)
+    return Norms(zeros + sigma, zeros.astype(int), zeros + np.nan, zeros.astype(bool))
 
 
 class Level(Protocol):
@@ -83,7 +91,7 @@ class PowerIteration:
             unfinished = asked[(change[asked] > self.tol) & (iterations[asked] < self.max_iters)]
         sigma = np.array(np.broadcast_to(ceiling, count), np.float64)
         sigma[asked] = np.minimum(sigma[asked], np.asarray(state[1])[asked])
-        return Norms(sigma, 2 * np.asarray(state[3]), np.full(count, np.nan))
+        return Norms(sigma, 2 * np.asarray(state[3]), np.full(count, np.nan), _among(asked, count))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,7 +132,7 @@ class Lanczos:
         if asked.size:
             with np.errstate(invalid="ignore", divide="ignore"):
                 gap[asked] = np.where(upper[asked] == 0, 0.0, upper[asked] / lower[asked] - 1)
-        return Norms(upper * scale, products, gap)
+        return Norms(upper * scale, products, gap, _among(asked, count))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,7 +163,7 @@ class Deterministic:
             # Infinite where anything was not finite: a comparison with NaN would hide it.
             sigma[asked] = np.where(np.isfinite(found), np.minimum(found * scale, sigma[asked]), np.inf)
             products[asked] = 2 * length if length <= self.small else 2
-        return Norms(sigma, products, np.full(len(rows), np.nan))
+        return Norms(sigma, products, np.full(len(rows), np.nan), np.zeros(len(rows), bool))
 
 
 def parts(places: np.ndarray, size: int) -> Iterator[np.ndarray]:
@@ -169,6 +177,10 @@ def _masked(rows: Array, columns: Array, ceiling: Any) -> np.ndarray:
     axes = tuple(range(1, rows.ndim)), tuple(range(1, columns.ndim))
     whole = np.asarray(jnp.all(rows, axis=axes[0]) & jnp.all(columns, axis=axes[1]))
     return np.flatnonzero(~(whole & np.isfinite(np.broadcast_to(ceiling, whole.shape))))
+
+
+def _among(places: np.ndarray, count: int) -> np.ndarray:
+    return np.isin(np.arange(count), places)
 
 
 def _scaled(layer: Affine) -> tuple[Affine, float]:

@@ -180,6 +180,30 @@ def random_network(kind, seed, *, scale=1.0, shift=0.0, clip=0.5):
     return Network((block(first), block(second), block(third)), dense(array(6, 3, std=0.5), bias(3), (6,)))
 
 
+def network_of(shape, layers, activation, seed):
+    """A random network: layers are widths, or (channels, kernel, stride, padding) of square convolutions; 3 classes."""
+    rng = np.random.default_rng(seed)
+    blocks, input_shape = [], shape
+    for spec in layers:
+        if isinstance(spec, tuple):
+            channels, kernel, stride, padding = spec
+            size = (kernel, kernel, shape[-1], channels)
+            weights = rng.standard_normal(size) * np.sqrt(2 / np.prod(size[:3]))
+            bias = rng.standard_normal(channels) * 0.2
+            affine = convolution(
+                weights.astype(np.float32), bias.astype(np.float32), shape, (stride,) * 2, ((padding,) * 2,) * 2
+            )
+        else:
+            inputs = int(np.prod(shape))
+            weights, bias = rng.standard_normal((inputs, spec)) * np.sqrt(2 / inputs), rng.standard_normal(spec) * 0.2
+            affine = dense(weights.astype(np.float32), bias.astype(np.float32), shape)
+        shape = affine.out_shape
+        clips = jnp.asarray(rng.uniform(0.2, 1.0, shape), jnp.float32)
+        blocks.append(Block(affine, ReLU() if activation == "relu" else ClippedReLU(clips)))
+    head = dense(rng.standard_normal((int(np.prod(shape)), 3)).astype(np.float32), np.zeros(3, np.float32), shape)
+    return Network(tuple(blocks), head, input_shape)
+
+
 def random_inputs(network, seed, count):
     """Inputs (count, ...) in [0, 1]."""
     rng = np.random.default_rng(seed)

@@ -117,6 +117,34 @@ def test_end_to_end_bounds_are_within_a_hundredth_of_the_oracle(kind):
                 assert found.worst_margin[i] >= margin - 0.01 * (clean - margin) - 1e-3
 
 
+def _deep():
+    """Networks of six to eight layers: name, layers before the last one, and the activation."""
+    conv, down = (3, 1, 1), (4, 2, 1)  # kernel, stride, padding
+    yield "8 dense, ReLU", (10,), [12] * 7, "relu"
+    yield "8 dense, clipped", (10,), [16, 8, 16, 8, 16, 8, 16], "clipped"
+    yield (
+        "6C2F, clipped",
+        (8, 8, 1),
+        [(4, *conv), (4, *conv), (4, *down), (6, *conv), (6, *conv), (6, *down), 8],
+        "clipped",
+    )
+    yield "4C3F, ReLU", (8, 8, 2), [(4, *conv), (4, *down), (6, *conv), (6, *down), 10, 8], "relu"
+    yield "4C3F, clipped", (8, 8, 1), [(4, *conv), (4, *down), (6, *conv), (6, *down), 10, 8], "clipped"
+
+
+@pytest.mark.parametrize("level", ["probabilistic", "deterministic"])
+@pytest.mark.parametrize(("shape", "layers", "activation"), [d[1:] for d in _deep()], ids=[d[0] for d in _deep()])
+def test_deep_networks_are_bounded_within_a_hundredth_of_the_oracle(shape, layers, activation, level):
+    network = oracles.network_of(shape, layers, activation, seed=0)
+    x = oracles.random_inputs(network, 0, 1)
+    label = predictions(network, x)
+    for eps in (0.02, 0.1):
+        exact = oracle_lipschitz(network, x, eps)
+        found = certify(network, x, label, eps, level=level)
+        assert 0 < exact[0] < oracle_global(network)
+        assert exact[0] * (1 - 1e-13) <= found.lipschitz[0] <= 1.01 * exact[0]
+
+
 def test_estimates_are_close_to_the_oracle_and_named_so():
     network, x, label = case("dense clipped")
     found = certify(network, x, label, 0.1, level="estimate")

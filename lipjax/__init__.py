@@ -19,7 +19,19 @@ from lipjax.bounds import (
 )
 from lipjax.certificates import Certificate
 from lipjax.certifier import Certifier
-from lipjax.layers import ClippedReLU, Conv, Dense, Identity, MaxMin, MaxPool, ReLU, Scale, convolution, dense
+from lipjax.layers import (
+    ClippedMaxMin,
+    ClippedReLU,
+    Conv,
+    Dense,
+    Identity,
+    MaxMin,
+    MaxPool,
+    ReLU,
+    Scale,
+    convolution,
+    dense,
+)
 from lipjax.losses import cross_entropy, gloro, mixed, sparsity
 from lipjax.margins import box_and_ball, pairwise_lipschitz, worst_logits, worst_margin
 from lipjax.models import Residual
@@ -37,6 +49,7 @@ __all__ = [
     "Bounds",
     "Certificate",
     "Certifier",
+    "ClippedMaxMin",
     "ClippedReLU",
     "Conv",
     "Dense",

@@ -265,6 +265,47 @@ class MaxMin(Activation):
 
 @jax.tree_util.register_dataclass
 @layer
+class ClippedMaxMin(Activation):
+    """``min(max(z1, z2), upper_clip)`` then ``max(min(z1, z2), lower_clip)``, for the pairs of :class:`MaxMin`.
+
+    The max of a pair is constant where ``max(lower1, lower2) >= upper_clip``, its min where
+    ``min(upper1, upper2) <= lower_clip``. A row is needed where it can be the one that an output which varies takes;
+    rows and outputs that matter are not the same here.
+
+    Attributes:
+        upper_clip: of the max, one per pair, shaped like half of the activation.
+        lower_clip: of the min, likewise.
+    """
+
+    upper_clip: Array
+    lower_clip: Array
+
+    def __call__(self, z: Array) -> Array:
+        first, second = jnp.split(z, 2, axis=-1)
+        larger = jnp.minimum(jnp.maximum(first, second), self.upper_clip)
+        smaller = jnp.maximum(jnp.minimum(first, second), self.lower_clip)
+        return jnp.concatenate([larger, smaller], axis=-1)
+
+    def live_rows(self, lower: Array, upper: Array) -> Array:
+        max_dead, min_dead = self._dead(lower, upper)
+        (lower1, lower2), (upper1, upper2) = jnp.split(lower, 2, axis=-1), jnp.split(upper, 2, axis=-1)
+        first_dead = (max_dead | (upper1 < lower2)) & (min_dead | (lower1 > upper2))
+        second_dead = (max_dead | (upper2 < lower1)) & (min_dead | (lower2 > upper1))
+        return ~jnp.concatenate([first_dead, second_dead], axis=-1)
+
+    def live_outputs(self, lower: Array, upper: Array) -> Array:
+        return ~jnp.concatenate(self._dead(lower, upper), axis=-1)
+
+    def _dead(self, lower: Array, upper: Array) -> tuple[Array, Array]:
+        """Where the max and the min of a pair are constant."""
+        (lower1, lower2), (upper1, upper2) = jnp.split(lower, 2, axis=-1), jnp.split(upper, 2, axis=-1)
+        max_dead = (lower1 >= self.upper_clip) | (lower2 >= self.upper_clip)
+        min_dead = (upper1 <= self.lower_clip) | (upper2 <= self.lower_clip)
+        return max_dead, min_dead
+
+
+@jax.tree_util.register_dataclass
+@layer
 class MaxPool(Activation):
     """Maximum over windows of an image, with padding that never wins.
 

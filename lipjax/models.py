@@ -34,8 +34,20 @@ class F:
 ARCHITECTURES: dict[str, tuple[C | F, ...]] = {
     "4c3f": (C(32, 3, 1, 1), C(32, 4, 2, 1), C(64, 3, 1, 1), C(64, 4, 2, 1), F(512), F(512)),
     "6c2f": (C(32, 3, 1, 1), C(32, 3, 1, 1), C(32, 4, 2, 1), C(64, 3, 1, 1), C(64, 3, 1, 1), C(64, 4, 2, 1), F(512)),
+    "8c2f": (
+        *(C(64, 3, 1, 1), C(64, 3, 1, 1), C(64, 4, 2, 0), C(128, 3, 1, 1), C(128, 3, 1, 1), C(128, 4, 2, 0)),
+        *(C(256, 3, 1, 1), C(256, 4, 2, 0), F(256)),
+    ),
+    # The paper does not give the layers of its 7C1F; these are ours.
+    "7c1f": (
+        *(C(64, 3, 1, 1), C(64, 3, 1, 1), C(64, 4, 2, 0), C(128, 3, 1, 1), C(128, 4, 2, 0)),
+        *(C(256, 3, 1, 1), C(256, 4, 2, 0)),
+    ),
     "small_cnn": (C(16, 3, 1, 1), C(32, 4, 2, 1), F(64)),
+    "mlp": (F(256), F(256)),
 }
+ACTIVATIONS = ("relu", "clipped_relu", "maxmin", "clipped_maxmin")
+Clips = tuple[float, ...]  # one value for all hidden layers, or one for each
 
 
 class ClippedReLU(nnx.Module):
@@ -59,6 +71,29 @@ class MaxMin(nnx.Module):
     def __call__(self, z: Array) -> Array:
         first, second = jnp.split(z, 2, axis=-1)
         return jnp.concatenate([jnp.maximum(first, second), jnp.minimum(first, second)], axis=-1)
+
+
+class ClippedMaxMin(nnx.Module):
+    """``min(max(z1, z2), upper_clip)`` then ``max(min(z1, z2), lower_clip)``, for the pairs of :class:`MaxMin`.
+
+    The clips are learnable, one of each per pair and place ([H21] appendix).
+
+    Args:
+        shape: shape of one activation, without the batch axis; its last axis is even.
+        upper_clip: initial value of every clip of a max.
+        lower_clip: initial value of every clip of a min.
+    """
+
+    def __init__(self, shape: tuple[int, ...], upper_clip: float = 1.0, lower_clip: float = -1.0) -> None:
+        half = (*shape[:-1], shape[-1] // 2)
+        self.upper_clip = nnx.Param(jnp.full(half, upper_clip, jnp.float32))
+        self.lower_clip = nnx.Param(jnp.full(half, lower_clip, jnp.float32))
+
+    def __call__(self, z: Array) -> Array:
+        first, second = jnp.split(z, 2, axis=-1)
+        larger = jnp.minimum(jnp.maximum(first, second), self.upper_clip[...][None])
+        smaller = jnp.maximum(jnp.minimum(first, second), self.lower_clip[...][None])
+        return jnp.concatenate([larger, smaller], axis=-1)
 
 
 class Residual(nnx.Module):
@@ -93,6 +128,8 @@ def classifier(
     num_classes: int,
     *,
     theta: float = 1.0,
+    upper_clip: Clips = (1.0,),
+    lower_clip: Clips = (-1.0,),
     rngs: nnx.Rngs,
 ) -> nnx.Sequential:
     """One of the paper's networks, initialised as in the authors' code.
@@ -102,36 +139,55 @@ def classifier(
 
     Args:
         architecture: a name of :data:`ARCHITECTURES`.
-        activation: ``"relu"`` or ``"clipped_relu"``.
+        activation: a name of :data:`ACTIVATIONS`; it follows every layer but the last.
         input_shape: (H, W, C).
         num_classes: number of logits.
         theta: initial clip of the clipped ReLU.
+        upper_clip: initial clips of the max of a clipped MaxMin: one for all hidden layers, or one for each.
+        lower_clip: initial clips of its min, likewise.
         rngs: source of the initial values.
 
     Raises:
-        ValueError: an unknown architecture or activation.
+        ValueError: an unknown architecture or activation, another number of clips, or images that are too small.
     """
     if architecture not in ARCHITECTURES:
         raise ValueError(f"unknown architecture {architecture!r}; known are {', '.join(sorted(ARCHITECTURES))}")
-    if activation not in ("relu", "clipped_relu"):
-        raise ValueError(f"unknown activation {activation!r}; known are 'relu' and 'clipped_relu'")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"unknown activation {activation!r}; known are {', '.join(ACTIVATIONS)}")
+    specs = ARCHITECTURES[architecture]
+    uppers, lowers = (_per_layer(clips, len(specs)) for clips in (upper_clip, lower_clip))
     shape: tuple[int, ...] = tuple(input_shape)
     modules: list = []
-    for spec in ARCHITECTURES[architecture]:
+    for place, spec in enumerate(specs):
         if isinstance(spec, C):
             *size, channels = shape
             modules.append(_conv(channels, spec, rngs))
             shape = (*((n + 2 * spec.padding - spec.kernel) // spec.stride + 1 for n in size), spec.channels)
+            if min(shape) < 1:
+                raise ValueError(f"images {tuple(input_shape)} are too small for {architecture}: give larger ones")
         else:
             if len(shape) > 1:
                 modules.append(flatten)
             modules.append(_linear(math.prod(shape), spec.width, rngs))
             shape = (spec.width,)
-        modules.append(ClippedReLU(shape, theta) if activation == "clipped_relu" else nnx.relu)
+        if activation == "relu":
+            modules.append(nnx.relu)
+        elif activation == "clipped_relu":
+            modules.append(ClippedReLU(shape, theta))
+        elif activation == "maxmin":
+            modules.append(MaxMin())
+        else:
+            modules.append(ClippedMaxMin(shape, uppers[place], lowers[place]))
     if len(shape) > 1:
         modules.append(flatten)
     modules.append(_linear(math.prod(shape), num_classes, rngs))
     return nnx.Sequential(*modules)
+
+
+def _per_layer(clips: Clips, count: int) -> Clips:
+    if len(clips) not in (1, count):
+        raise ValueError(f"{len(clips)} clips {tuple(clips)} for {count} hidden layers; give one, or one for each")
+    return tuple(clips) * (count if len(clips) == 1 else 1)
 
 
 def _conv(channels_in: int, spec: C, rngs: nnx.Rngs) -> nnx.Conv:

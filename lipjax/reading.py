@@ -19,8 +19,8 @@ from lipjax.networks import Network
 
 SUPPORTED = (
     "supported are convolutions (nnx.Conv, nn.Conv), dense layers (nnx.Linear, nn.Dense), batch norm in inference "
-    "mode, nnx.relu, jax.nn.relu, lipjax.models.ClippedReLU and MaxMin, lipjax.Residual, average and max pooling, and "
-    "functions that only reshape, shift or scale each example"
+    "mode, nnx.relu, jax.nn.relu, ClippedReLU, MaxMin and ClippedMaxMin of lipjax.models, lipjax.Residual, average and "
+    "max pooling, and functions that only reshape, shift or scale each example"
 )
 CHECKED_INPUTS = 4
 TOLERANCE = 1e-3
@@ -41,7 +41,7 @@ def from_flax(
         model: layers and functions applied in order; the last one must be dense. Supported: 2-D convolutions with
             strides, zero padding, dilation and feature groups; dense layers; batch norm in inference mode, per-channel
             normalisation and other shifts and scales; average and max pooling; ``nnx.relu``, ``jax.nn.relu``,
-            ``lipjax.models.ClippedReLU`` and ``MaxMin``; ``lipjax.Residual``; C-order reshapes.
+            ``lipjax.models.ClippedReLU``, ``MaxMin`` and ``ClippedMaxMin``; ``lipjax.Residual``; C-order reshapes.
         variables: of a Linen model, with ``params`` and, for batch norm, ``batch_stats``. Not for NNX.
         input_shape: shape of one input without the batch axis, images as (H, W, C).
 
@@ -104,6 +104,14 @@ def _read_one(module: Any, variables: Any, assembly: Assembly, place: str) -> No
         if assembly.shape[-1] % 2:
             raise ValueError(f"layer {place}: MaxMin needs an even number of channels, not {assembly.shape[-1]}")
         assembly.activation(lambda shape: layers.MaxMin(), elementwise=False)
+    elif kind is models.ClippedMaxMin:
+        upper, lower = jnp.asarray(module.upper_clip[...]), jnp.asarray(module.lower_clip[...])
+        half = (*assembly.shape[:-1], assembly.shape[-1] // 2)
+        if assembly.shape[-1] % 2 or upper.shape != half or lower.shape != half:
+            raise ValueError(
+                f"layer {place}: clips of shapes {upper.shape} and {lower.shape} do not fit pairs of {assembly.shape}"
+            )
+        assembly.activation(lambda shape: layers.ClippedMaxMin(upper, lower), elementwise=False)
     elif kind is models.Residual:
         shape = assembly.shape
         assembly.fork()

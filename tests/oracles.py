@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 
-from lipjax import Block, ClippedReLU, Conv, Dense, Network, ReLU, convolution, dense
+from lipjax import Block, ClippedMaxMin, ClippedReLU, Conv, Dense, Network, ReLU, convolution, dense
 
 
 def conv_matrix(kernel, in_shape, stride, padding):
@@ -35,12 +35,73 @@ def layer_matrix(layer):
     return matrix, np.tile(bias, matrix.shape[0] // bias.size)
 
 
-def thetas(network):
-    """The clips of each block, raveled, infinite for ReLU."""
-    return [
-        np.asarray(block.activation.theta, np.float64).ravel() if isinstance(block.activation, ClippedReLU) else np.inf
-        for block in network.blocks
-    ]
+class Clip:
+    """``min(max(z, 0), theta)`` of raveled activations; theta is infinite for ReLU."""
+
+    def __init__(self, theta):
+        self.theta = theta
+
+    def apply(self, z):
+        return np.minimum(np.maximum(z, 0), self.theta)
+
+    def derivative(self, z):
+        return np.diag(((z > 0) & (z < self.theta)).astype(np.float64))
+
+    def matter(self, lower, upper):
+        """The rows that matter and the outputs that vary, and how near the closest call was."""
+        live = (upper > 0) & (lower < self.theta) & (np.zeros_like(upper) < self.theta)
+        return live, live, min(np.abs(upper).min(), np.abs(lower - self.theta).min())
+
+
+class ClippedPairs:
+    """``min(max(z1, z2), a)`` and ``max(min(z1, z2), b)`` of raveled activations, pair by pair."""
+
+    def __init__(self, activation, shape):
+        self.shape = shape
+        self.a, self.b = (np.asarray(clip, np.float64) for clip in (activation.upper_clip, activation.lower_clip))
+
+    def apply(self, z):
+        first, second = np.split(z.reshape(*z.shape[:-1], *self.shape), 2, axis=-1)
+        pair = np.minimum(np.maximum(first, second), self.a), np.maximum(np.minimum(first, second), self.b)
+        return np.concatenate(pair, axis=-1).reshape(z.shape)
+
+    def derivative(self, z):
+        places = np.arange(z.size).reshape(self.shape)
+        matrix, half = np.zeros((z.size, z.size)), self.shape[-1] // 2
+        for place in np.ndindex(*self.a.shape):
+            i, j = places[place], places[(*place[:-1], place[-1] + half)]
+            larger, smaller = (i, j) if z[i] >= z[j] else (j, i)
+            matrix[i, larger] = z[larger] < self.a[place]
+            matrix[j, smaller] = z[smaller] > self.b[place]
+        return matrix
+
+    def matter(self, lower, upper):
+        """By what a pair of intervals can do: which of its two is the larger, and where the clips are."""
+        lower, upper = lower.reshape(self.shape), upper.reshape(self.shape)
+        rows, outputs, nearest, half = (
+            np.zeros(self.shape, bool),
+            np.zeros(self.shape, bool),
+            np.inf,
+            self.shape[-1] // 2,
+        )
+        for place in np.ndindex(*self.a.shape):
+            i, j = place, (*place[:-1], place[-1] + half)
+            a, b = self.a[place], self.b[place]
+            outputs[i] = max(lower[i], lower[j]) < a
+            outputs[j] = min(upper[i], upper[j]) > b
+            i_can_be_larger, j_can_be_larger = upper[i] >= lower[j], upper[j] >= lower[i]
+            rows[i] = (outputs[i] and i_can_be_larger) or (outputs[j] and j_can_be_larger)
+            rows[j] = (outputs[i] and j_can_be_larger) or (outputs[j] and i_can_be_larger)
+            calls = max(lower[i], lower[j]) - a, min(upper[i], upper[j]) - b, upper[i] - lower[j], upper[j] - lower[i]
+            nearest = min(nearest, *np.abs(calls))
+        return rows.ravel(), outputs.ravel(), nearest
+
+
+def rule(block):
+    if isinstance(block.activation, ClippedMaxMin):
+        return ClippedPairs(block.activation, block.affine.out_shape)
+    clipped = isinstance(block.activation, ClippedReLU)
+    return Clip(np.asarray(block.activation.theta, np.float64).ravel() if clipped else np.inf)
 
 
 class DenseNetwork:
@@ -48,15 +109,15 @@ class DenseNetwork:
 
     def __init__(self, network):
         self.layers = [layer_matrix(block.affine) for block in network.blocks]
-        self.thetas = thetas(network)
+        self.rules = [rule(block) for block in network.blocks]
         self.head = layer_matrix(network.head)
 
     def activations(self, x):
         """Pre- and post-activations of raveled inputs (..., inputs): two lists, one array (..., outputs) per block."""
         before, after = [], []
-        for (matrix, bias), theta in zip(self.layers, self.thetas, strict=True):
+        for (matrix, bias), rule in zip(self.layers, self.rules, strict=True):
             before.append(x @ matrix.T + bias)
-            after.append(np.minimum(np.maximum(before[-1], 0), theta))
+            after.append(rule.apply(before[-1]))
             x = after[-1]
         return before, after
 
@@ -69,28 +130,28 @@ class DenseNetwork:
     def jacobian(self, x):
         """d features / d x at one raveled input."""
         total = np.eye(x.size)
-        for (matrix, _), theta, z in zip(self.layers, self.thetas, self.activations(x)[0], strict=True):
-            total = ((z > 0) & (z < theta))[:, None] * (matrix @ total)
+        for (matrix, _), rule, z in zip(self.layers, self.rules, self.activations(x)[0], strict=True):
+            total = rule.derivative(z) @ matrix @ total
         return total
 
     def regions(self, x, eps):
-        """The pass of section 3 of the design in float64: per block (lower, upper, live, sigma), before activation.
+        """The region pass in float64: per block (lower, upper, live outputs, sigma), before the activation.
 
         Also how near any neuron is to changing sides, where float32 may come out with another mask.
         """
         live = np.ones(x.size, bool)
         lower, upper, center, radius, nearest, blocks = x - eps, x + eps, x, eps, np.inf, []
-        for (matrix, bias), theta in zip(self.layers, self.thetas, strict=True):
+        for (matrix, bias), rule in zip(self.layers, self.rules, strict=True):
             center = matrix @ center + bias
             mid, half = matrix @ (lower + upper) / 2 + bias, np.abs(matrix) @ (upper - lower) / 2
             ball = radius * np.linalg.norm(matrix * live, axis=1)
             lower, upper = np.maximum(mid - half, center - ball), np.minimum(mid + half, center + ball)
-            new = (upper > 0) & (lower < theta) & (np.zeros_like(upper) < theta)
-            nearest = min(nearest, np.abs(upper).min(), np.abs(lower - theta).min())
-            sigma = spectral_norm(matrix * np.outer(new, live))
+            rows, new, near = rule.matter(lower, upper)
+            nearest = min(nearest, near)
+            sigma = spectral_norm(matrix * np.outer(rows, live))
             blocks.append((lower, upper, new, sigma))
             radius, live = radius * sigma, new
-            lower, upper, center = (np.minimum(np.maximum(z, 0), theta) for z in (lower, upper, center))
+            lower, upper, center = (rule.apply(z) for z in (lower, upper, center))
         return blocks, nearest
 
 
@@ -142,7 +203,7 @@ def ball_points(rng, x, eps, count, directions=None):
     return x + eps * lengths * offsets
 
 
-KINDS = ("dense relu", "dense clipped", "conv relu", "conv clipped")
+KINDS = ("dense relu", "dense clipped", "conv relu", "conv clipped", "dense pairs", "conv pairs")
 
 
 def random_network(kind, seed, *, scale=1.0, shift=0.0, clip=0.5):
@@ -166,16 +227,22 @@ def random_network(kind, seed, *, scale=1.0, shift=0.0, clip=0.5):
     def block(affine):
         if "relu" in kind:
             return Block(affine, ReLU())
+        if "pairs" in kind:
+            half = (*affine.out_shape[:-1], affine.out_shape[-1] // 2)
+            clips = rng.uniform(-0.1, 2 * clip, half), rng.uniform(-2 * clip, 0.1, half)
+            return Block(affine, ClippedMaxMin(*(jnp.asarray(c, jnp.float32) for c in clips)))
         return Block(affine, ClippedReLU(jnp.asarray(rng.uniform(-0.1, 2 * clip, affine.out_shape), jnp.float32)))
 
     def full(inputs, outputs, shape):
         return dense(array(inputs, outputs, std=scale / np.sqrt(inputs)), bias(outputs), shape)
 
     if "dense" in kind:
-        blocks = (block(full(5, 9, (5,))), block(full(9, 7, (9,))))
-        return Network(blocks, dense(array(7, 3, std=0.5), bias(3), (7,)))
-    first = convolution(array(3, 3, 2, 3, std=scale / 4), bias(3), (5, 6, 2), (1, 1), ((1, 1), (1, 1)))
-    second = convolution(array(4, 3, 3, 2, std=scale / 6), bias(2), first.out_shape, (2, 1), ((1, 0), (0, 1)))
+        first, second = (10, 8) if "pairs" in kind else (9, 7)
+        blocks = (block(full(5, first, (5,))), block(full(first, second, (first,))))
+        return Network(blocks, dense(array(second, 3, std=0.5), bias(3), (second,)))
+    channels = 4 if "pairs" in kind else 3
+    first = convolution(array(3, 3, 2, channels, std=scale / 4), bias(channels), (5, 6, 2), (1, 1), ((1, 1), (1, 1)))
+    second = convolution(array(4, 3, channels, 2, std=scale / 6), bias(2), first.out_shape, (2, 1), ((1, 0), (0, 1)))
     third = full(int(np.prod(second.out_shape)), 6, second.out_shape)
     return Network((block(first), block(second), block(third)), dense(array(6, 3, std=0.5), bias(3), (6,)))
 

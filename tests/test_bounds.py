@@ -165,9 +165,9 @@ def test_eps_zero_gives_a_point_with_the_product_at_its_activation_pattern(netwo
         assume(nearest > 1e-4)
         before, _ = exact.activations(x[i].astype(np.float64).ravel())
         product, live = 1.0, np.ones(x[i].size, bool)
-        for (matrix, _), z, theta in zip(exact.layers, before, exact.thetas, strict=True):
-            new = (z > 0) & (z < theta)
-            product, live = product * oracles.spectral_norm(matrix * np.outer(new, live)), new
+        for (matrix, _), z, rule in zip(exact.layers, before, exact.rules, strict=True):
+            rows, new, _ = rule.matter(z, z)
+            product, live = product * oracles.spectral_norm(matrix * np.outer(rows, live)), new
         assert float(bounds.lipschitz[i]) == pytest.approx(product, rel=1e-3, abs=1e-6)
 
 
@@ -317,12 +317,12 @@ def test_without_its_ball_the_region_is_the_interval_box(kind):
     exact = oracles.DenseNetwork(network)
     for i in range(2):
         lower, upper = x[i].astype(np.float64).ravel() - 0.1, x[i].astype(np.float64).ravel() + 0.1
-        for k, ((matrix, bias), theta) in enumerate(zip(exact.layers, exact.thetas, strict=True)):
+        for k, ((matrix, bias), rule) in enumerate(zip(exact.layers, exact.rules, strict=True)):
             plus, minus = np.maximum(matrix, 0), np.minimum(matrix, 0)
             lower, upper = plus @ lower + minus @ upper + bias, plus @ upper + minus @ lower + bias
             np.testing.assert_allclose(np.asarray(bounds.preactivations[k].lower[i]).ravel(), lower, atol=1e-5)
             np.testing.assert_allclose(np.asarray(bounds.preactivations[k].upper[i]).ravel(), upper, atol=1e-5)
-            lower, upper = (np.minimum(np.maximum(z, 0), theta) for z in (lower, upper))
+            lower, upper = rule.apply(lower), rule.apply(upper)
         np.testing.assert_allclose(bounds.features.upper[i], upper, atol=1e-5)
     assert np.asarray(box_and_ball(network.head, jax.tree.map(lambda a: a[0], bounds.features), 0)).shape == (3,)
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lipjax import ClippedReLU, Identity, ReLU, convolution, dense
+from lipjax import ClippedMaxMin, ClippedReLU, Identity, MaxMin, ReLU, convolution, dense
 from lipjax.layers import Affine
 
 
@@ -126,10 +126,17 @@ def _boxes(seed, clip):
 
 
 def _activation(kind, theta):
-    return {"identity": Identity(), "relu": ReLU(), "clipped": ClippedReLU(theta)}[kind]
+    clips = theta[: NEURONS // 2], -theta[NEURONS // 2 :]
+    kinds = {"identity": Identity(), "relu": ReLU(), "clipped": ClippedReLU(theta)}
+    return (kinds | {"maxmin": MaxMin(), "clipped maxmin": ClippedMaxMin(*clips)})[kind]
 
 
-KINDS = st.sampled_from(["identity", "relu", "clipped"])
+KINDS = st.sampled_from(["identity", "relu", "clipped", "maxmin", "clipped maxmin"])
+
+
+def pair_lengths(differences):
+    """l2 norms over neuron i and neuron i + NEURONS / 2, which MaxMin couples."""
+    return np.sqrt(np.sum(differences.reshape(-1, 2, NEURONS // 2) ** 2, axis=1))
 
 
 @settings(max_examples=40)
@@ -163,8 +170,9 @@ def test_boxes_map_corner_to_corner_and_steps_never_grow(kind, seed, clip):
     low, high = np.asarray(activation(lower)), np.asarray(activation(upper))
     outputs = np.stack([np.asarray(activation(jnp.asarray(z))) for z in points])
     assert np.all((low <= outputs) & (outputs <= high))
-    shuffled = rng.permutation(len(points))
-    assert np.all(np.abs(outputs - outputs[shuffled]) <= np.abs(points - points[shuffled]))
+    shuffled, rows = rng.permutation(len(points)), np.asarray(activation.live_rows(lower, upper))
+    moved = pair_lengths((points - points[shuffled]) * rows)  # what is dropped does not count
+    assert np.all(pair_lengths(outputs - outputs[shuffled]) <= moved * (1 + 1e-6))
 
 
 def test_live_is_what_varies_in_a_case_by_case_table():
@@ -179,6 +187,35 @@ def test_live_is_what_varies_in_a_case_by_case_table():
     assert Identity().live_outputs(lower, upper).all()
 
 
+def test_rows_and_outputs_of_clipped_maxmin_in_a_case_by_case_table():
+    # Pairs: both vary and cross; row 1 above; row 1 above and its max clipped; both above the upper clip; min clipped
+    # and row 2 below; min clipped and the rows cross.
+    lower1, upper1 = [-1.0, 0.5, 1.5, 2.0, 0.0, -1.5], [1.0, 0.9, 1.9, 3.0, 0.5, 0.5]
+    lower2, upper2 = [-0.5, -0.5, -0.5, 1.2, -3.0, -3.0], [0.5, 0.0, 0.5, 1.5, -2.0, -1.2]
+    lower, upper = jnp.array(lower1 + lower2), jnp.array(upper1 + upper2)
+    activation = ClippedMaxMin(jnp.ones(6), -jnp.ones(6))
+    outputs, rows = activation.live_outputs(lower, upper).tolist(), activation.live_rows(lower, upper).tolist()
+    assert outputs[:6] == [True, True, False, False, True, True]
+    assert outputs[6:] == [True, True, True, True, False, False]
+    assert rows[:6] == [True, True, False, False, True, True]
+    assert rows[6:] == [True, True, True, True, False, True]
+
+
+def test_dropping_rows_of_clipped_maxmin_tightens_the_norm_and_dropping_them_like_outputs_would_be_wrong():
+    """The published code drops columns only; by the outputs that vary it would drop rows that feed another output."""
+    activation = ClippedMaxMin(jnp.ones(1), jnp.full(1, -1.0))
+    lower, upper = jnp.array([1.5, -0.5]), jnp.array([2.5, 0.5])  # the max is clipped; the min is row 2
+    rows, outputs = activation.live_rows(lower, upper), activation.live_outputs(lower, upper)
+    assert rows.tolist() == outputs.tolist() == [False, True]
+    matrix = np.array([[3.0, 0.0], [0.0, 0.5]])
+    assert oracles.spectral_norm(matrix) == 3.0
+    assert oracles.spectral_norm(matrix * np.asarray(rows)[:, None]) == 0.5
+    # The other way round the max, in the first place, is fed by row 2, and the min is clipped.
+    lower, upper = jnp.array([-2.5, -0.5]), jnp.array([-1.5, 0.5])
+    assert activation.live_outputs(lower, upper).tolist() == [True, False]
+    assert activation.live_rows(lower, upper).tolist() == [False, True]
+
+
 def test_neurons_with_theta_at_or_below_zero_are_dead_and_masks_are_booleans():
     activation = ClippedReLU(jnp.array([-1.0, 0.0, 1.0]))
     lower, upper = jnp.full(3, -1.0), jnp.full(3, 0.5)
@@ -189,7 +226,9 @@ def test_neurons_with_theta_at_or_below_zero_are_dead_and_masks_are_booleans():
     assert activation(jnp.full(3, -9.0)).tolist() == [-1.0, 0.0, 0.0]
 
 
-@pytest.mark.parametrize("activation", [Identity(), ReLU(), ClippedReLU(jnp.full(2, 1.0))])
+@pytest.mark.parametrize(
+    "activation", [Identity(), ReLU(), ClippedReLU(jnp.full(2, 1.0)), MaxMin(), ClippedMaxMin(*jnp.ones((2, 1)))]
+)
 def test_nan_bounds_come_out_live(activation):
     nan = jnp.full(2, jnp.nan)
     assert activation.live_rows(nan, nan).all()

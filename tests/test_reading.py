@@ -1,5 +1,7 @@
 """from_flax: a network computes what its model does, and nothing unknown passes."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -7,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from lipjax import from_flax, layers, models
+from lipjax import ClippedMaxMin, ClippedReLU, MaxMin, ReLU, from_flax, layers, models
 
 RNGS = nnx.Rngs(0)
 
@@ -28,24 +30,65 @@ def assert_same(model, shape):
     return network
 
 
-@pytest.mark.parametrize("architecture", sorted(models.ARCHITECTURES))
-@pytest.mark.parametrize("activation", ["relu", "clipped_relu"])
+COMPUTED = [
+    *(("4c3f", "clipped_relu"), ("6c2f", "clipped_maxmin")),
+    *(("small_cnn", activation) for activation in models.ACTIVATIONS),
+    *(("mlp", activation) for activation in models.ACTIVATIONS),
+]
+SMALL_CLIPS = {"theta": 0.3, "upper_clip": (0.3,), "lower_clip": (-0.1,)}
+
+
+@pytest.mark.parametrize(("architecture", "activation"), COMPUTED)
 def test_shipped_architectures_compute_the_same(architecture, activation):
     shape = (32, 32, 3) if architecture == "6c2f" else (28, 28, 1)
-    network = assert_same(models.classifier(architecture, activation, shape, 10, theta=0.3, rngs=nnx.Rngs(1)), shape)
+    network = assert_same(
+        models.classifier(architecture, activation, shape, 10, **SMALL_CLIPS, rngs=nnx.Rngs(1)), shape
+    )
     assert network.num_classes == 10
 
 
+@pytest.mark.parametrize("shape", [(28, 28, 1), (33, 40, 2), (64, 64, 3)])
+@pytest.mark.parametrize("activation", models.ACTIVATIONS)
+@pytest.mark.parametrize("architecture", sorted(models.ARCHITECTURES))
+def test_every_architecture_has_every_activation_and_input_shape(architecture, activation, shape):
+    def read():
+        return from_flax(models.classifier(architecture, activation, shape, 7, rngs=nnx.Rngs(0)), shape)
+
+    network = jax.eval_shape(read)
+    assert (network.num_classes, network.input_shape) == (7, shape)
+    assert len(network.blocks) == len(models.ARCHITECTURES[architecture])
+    kinds = {"relu": ReLU, "clipped_relu": ClippedReLU, "maxmin": MaxMin, "clipped_maxmin": ClippedMaxMin}
+    assert {type(block.activation) for block in network.blocks} == {kinds[activation]}
+
+
+def test_clips_are_those_of_each_layer_and_another_number_of_them_is_refused():
+    build = functools.partial(models.classifier, "mlp", "clipped_maxmin", (8, 8, 1), 10, rngs=nnx.Rngs(0))
+    blocks = from_flax(build(upper_clip=(0.1, 0.2), lower_clip=(-0.3,)), (8, 8, 1)).blocks
+    assert [float(b.activation.upper_clip[0]) for b in blocks] == pytest.approx([0.1, 0.2])
+    assert [float(b.activation.lower_clip[0]) for b in blocks] == pytest.approx([-0.3, -0.3])
+    assert blocks[0].activation.upper_clip.shape == (128,)
+    with pytest.raises(ValueError, match=r"3 clips .* for 2 hidden layers; give one, or one for each"):
+        build(upper_clip=(1.0, 1.0, 1.0))
+
+
+def test_images_that_are_too_small_are_refused():
+    with pytest.raises(ValueError, match=r"images \(8, 8, 1\) are too small for 8c2f"):
+        models.classifier("8c2f", "relu", (8, 8, 1), 10, rngs=nnx.Rngs(0))
+
+
 def test_neuron_counts_are_those_of_the_paper():
-    def thetas(architecture, shape):
-        model = models.classifier(architecture, "clipped_relu", shape, 10, rngs=nnx.Rngs(0))
-        sizes = [b.activation.theta.size for b in from_flax(model, shape).blocks]
-        parameters = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
-        return sum(sizes), round((parameters - sum(sizes)) / 1e6, 3)
+    def thetas(architecture, shape, classes=10):
+        def read():
+            return from_flax(models.classifier(architecture, "clipped_relu", shape, classes, rngs=nnx.Rngs(0)), shape)
+
+        network = jax.eval_shape(read)
+        sizes = [block.activation.theta.size for block in network.blocks]
+        return sum(sizes), round((sum(leaf.size for leaf in jax.tree.leaves(network)) - sum(sizes)) / 1e6, 3)
 
     assert thetas("4c3f", (28, 28, 1)) == (48064, 1.975)
     assert thetas("4c3f", (32, 32, 3)) == (62464, 2.467)
     assert thetas("6c2f", (32, 32, 3)) == (111104, 2.250)
+    assert thetas("8c2f", (64, 64, 3), 200) == (916544, 4.343)
 
 
 @pytest.mark.parametrize(
@@ -255,6 +298,10 @@ FOLDED = {
     "max pooling before the activation": [conv(2, 3, padding=1), pool_max, nnx.relu, *tail(27)],
     "feature groups": [conv(2, 4, padding=1, feature_group_count=2), nnx.relu, *tail(144)],
     "MaxMin": [conv(2, 4, padding=1), models.MaxMin(), models.flatten, linear(144, 6), models.MaxMin(), linear(6, 4)],
+    "clipped MaxMin": [
+        *(conv(2, 4, padding=1), models.ClippedMaxMin((6, 6, 4), 0.3, -0.2), models.flatten, linear(144, 6)),
+        *(models.ClippedMaxMin((6,), 0.1, -0.1), linear(6, 4)),
+    ],
     "a residual sum": [models.Residual(conv(2, 2, padding=1), nnx.relu, conv(2, 2, padding=1)), nnx.relu, *tail(72)],
     "a residual sum in another": [
         models.Residual(models.Residual(conv(2, 2, padding=1)), nnx.relu, trained_norm(2)), nnx.relu, *tail(72)

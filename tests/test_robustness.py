@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import lipjax
 from lipjax import Block, Certifier, Network, ReLU, dense
 
-KINDS = ["dense clipped", "conv relu"]  # one compilation each
+KINDS = ["dense clipped", "conv relu", "dense pairs"]  # one compilation each
 BATCH = 3
 KEY = jax.random.key(0)
 SEEDS = st.integers(0, 10**6)
@@ -59,7 +59,7 @@ def oracle_margin(network, x, eps, label):
     """The least margin over the box and the ball of the oracle's own features."""
     exact, center = oracles.DenseNetwork(network), x.astype(np.float64).ravel()
     blocks, _ = exact.regions(center, eps)
-    lower, upper = (np.minimum(np.maximum(z, 0), exact.thetas[-1]) for z in blocks[-1][:2])
+    lower, upper = (exact.rules[-1].apply(z) for z in blocks[-1][:2])
     radius = eps * np.prod([sigma for *_, sigma in blocks])
     kernel, bias = exact.head[0].T, exact.head[1]
     margins, _ = oracles.margins_minimum(kernel, bias, exact.features(center), lower, upper, radius, label)

@@ -14,7 +14,7 @@ import lipjax
 # One network of each kind of layer: every one costs some seconds of compilation.
 KINDS = (
     *("normalised input", "batch norm before a padded convolution", "average pooling", "feature groups", "MaxMin"),
-    *("max pooling that overlaps", "a residual sum in another"),
+    *("max pooling that overlaps", "a residual sum in another", "clipped MaxMin"),
 )
 
 
@@ -50,7 +50,7 @@ def test_samples_obey_margins_and_lipschitz_constants(name):
             assert np.all(moved <= float(found.lipschitz[i]) * np.linalg.norm(flat[:-1] - flat[1:], axis=1))
 
 
-@pytest.mark.parametrize("name", ["MaxMin", "a residual sum in another", "max pooling that overlaps"])
+@pytest.mark.parametrize("name", ["MaxMin", "clipped MaxMin", "a residual sum in another", "max pooling that overlaps"])
 def test_features_stay_in_their_region_and_dead_ones_do_not_move(name):
     network = lipjax.from_flax(nnx.Sequential(*FOLDED[name]), (6, 6, 2))
     with jax.enable_x64(True):

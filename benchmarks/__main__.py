@@ -18,7 +18,7 @@ import optax
 from flax import nnx
 from jax import lax
 
-from lipjax import bounds, layers, losses, margins, models, reading, spectral, training
+from lipjax import bounds, layers, losses, margins, methods, models, reading, spectral, training
 from lipjax.regions import l2_ball
 
 EPS, EXAMPLES = 1.58, 512
@@ -43,9 +43,8 @@ def step_parts(architecture: str, shape: tuple, batch_size: int, num_iters: int,
     """
     model = models.classifier(architecture, "clipped_relu", shape, 10, rngs=nnx.Rngs(0))
     graphdef, params = nnx.split(model, nnx.Param)
-    network = reading.from_flax(model, shape)
-    vectors = jax.jit(training.initial_vectors)(network, jax.random.key(0))
-    method = _method(num_iters)
+    network, method = reading.from_flax(model, shape), _method(num_iters)
+    vectors = jax.jit(training.initial_vectors)(method.objective.layers(network), jax.random.key(0))
     state, data, batch = _state(method, params, vectors, shape, batch_size)
     step = training.mapped(training.train_step, method, graphdef)
     x, labels = jnp.asarray(data.images[0][:batch_size], jnp.float32) / 255, jnp.asarray(data.labels[0][:batch_size])
@@ -119,20 +118,21 @@ def loop_against_no_loop(rounds: int) -> None:
         print(f"convolution {name}: inside a loop {times[True] / times[False]:.2f} of outside (target: at most 1.5)")
 
 
-def _method(num_iters: int) -> training.Method:
+def _method(num_iters: int) -> methods.Method:
     rate = optax.constant_schedule(1e-3)
-    return training.Method(
-        local=True,
-        margins=margins.pairwise_lipschitz,
-        needs_box=False,
-        loss=losses.gloro,
+    return methods.Method(
+        objective=methods.Bounded(
+            methods.Iterations(num_iters),
+            local=True,
+            box=True,
+            ball=True,
+            margins=margins.pairwise_lipschitz,
+            loss=losses.gloro,
+        ),
         eps=optax.constant_schedule(EPS),
         kappa=optax.constant_schedule(0.5),
         learning_rate=rate,
         optimizer=training.adam(rate),
-        num_iters=num_iters,
-        global_iters=10,
-        noise=0.01,
     )
 
 

@@ -114,7 +114,8 @@ def train(activation: str, seed: int) -> lipjax.Network:
         updates, state = optimizer.update(gradient, state, params)
         return optax.apply_updates(params, updates), state, vectors
 
-    like = jax.eval_shape(training.initial_vectors, lipjax.from_flax(model, SHAPE), key)
+    layers = tuple(block.affine for block in lipjax.from_flax(model, SHAPE).blocks)
+    like = jax.eval_shape(training.initial_vectors, layers, key)
     vectors = tuple(jnp.zeros(vector.shape) for vector in like)  # the first step starts from its noise
     state, rng = optimizer.init(params), np.random.default_rng(seed)
     for epoch in range(EPOCHS):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import pathlib
 
-from lipjax import runs, settings
+from lipjax import recipe, settings
 from lipjax.data import load
 from lipjax.evaluation import evaluate
 from lipjax.reading import from_flax
@@ -26,7 +26,7 @@ def main() -> None:
     options = parser.parse_args()
     config = settings.load(options.workdir)
     dataset = load(config.data.name, "test", config.data.dir, config.data.cache)
-    model, _ = runs.restore_model(options.workdir, config, dataset, "best")
+    model, _ = recipe.restore_model(options.workdir, config, dataset, "best")
     network = from_flax(model, dataset.images.shape[1:])
     chosen, eps = dataset.take(slice(options.limit)), options.eps or config.eps
     print(f"{config.data.name}, {len(chosen)} images, eps {eps:g}; after global bounds and attack, local bounds of")

@@ -6,24 +6,35 @@ from ml_collections import ConfigDict, config_dict
 METHODS = {
     "local_gloro": {"norms": "local", "margins": "pairwise_lipschitz", "loss": "gloro"},
     "local_bcp": {"norms": "local", "margins": "box_and_ball", "loss": "cross_entropy"},
+    "local_lmt": {"norms": "local", "margins": "lipschitz_margin", "loss": "cross_entropy"},
     "gloro": {"norms": "global", "margins": "pairwise_lipschitz", "loss": "gloro"},
+    "bcp": {"norms": "global", "margins": "box_and_ball", "loss": "cross_entropy"},
+    "lmt": {"norms": "global", "margins": "lipschitz_margin", "loss": "cross_entropy"},
+    "ibp": {"norms": "none", "margins": "box_and_ball", "loss": "cross_entropy"},
+    "standard": {"norms": "none", "margins": "none", "loss": "clean"},
+    "at": {"norms": "none", "margins": "none", "loss": "adversarial"},  # l2 PGD, 10 steps of eps / 4: our choice
+    "trades": {"norms": "none", "margins": "none", "loss": "trades"},  # the same attack, beta 6: our choice
 }
 
 
-def base(method: str | None) -> ConfigDict:
-    """A config with every key: the name of a method, and values that a config overrides."""
-    name = method or "local_gloro"
+def base(method: str | None, default: str = "local_gloro") -> ConfigDict:
+    """A config with every key: the name of a method, or the default one, and values that a config overrides."""
+    name = method or default
     if name not in METHODS:
-        raise ValueError(f"unknown method {name!r}; known are {', '.join(sorted(METHODS))}")
+        raise ValueError(f"unknown method {name!r}; known are {', '.join(METHODS)}")
     config = ConfigDict()
     config.seed = 0
     config.eps = 0.0  # radius that is certified, in [0, 1] pixels
     config.eps_train = 0.0  # radius at the end of the ramp
     config.method = ConfigDict({"name": name, **METHODS[name]})
     config.data = ConfigDict({"name": "", "validation": 5000})
+    config.data.crop_padding = 0  # random crops of images padded by so many zeros, and random flips; 0: neither
     config.data.dir = config_dict.placeholder(str)  # prepared data sets; default TFDS_DATA_DIR
     config.data.cache = config_dict.placeholder(str)  # decoded arrays; default LIPJAX_CACHE
     config.model = ConfigDict({"architecture": "", "activation": "clipped_relu", "theta": 1.0})
+    # Initial clips of clipped_maxmin: one for all hidden layers, or one for each.
+    config.model.upper_clip = (1.0,)
+    config.model.lower_clip = (-1.0,)
     config.schedule = ConfigDict(
         {
             "epochs": 1,
@@ -38,7 +49,48 @@ def base(method: str | None) -> ConfigDict:
         }
     )
     config.power_iteration = ConfigDict({"num_iters": 2, "global_iters": 10, "noise": 0.01})
+    config.power_iteration.start = "saved"  # each example's own vector, or "random" in every step
+    config.power_iteration.global_layers = ()  # places of weight layers that use their global norm
+    config.sparsity = ConfigDict({"weight": 0.0, "weight_theta": 1.0})  # of the sparsity loss, and of clips in it
     config.probe = ConfigDict({"size": 16, "max_iters": 2000})  # examples whose converged norms every epoch logs
     config.checkpoint = ConfigDict({"every": 1})  # epochs
     config.certify = ConfigDict({"limit": 1000, "batch_size": 250})  # test images certified at the end; 0: none
+    return config
+
+
+def cifar10(method: str | None) -> ConfigDict:
+    """What the runs on CIFAR-10 share."""
+    config = base(method, default="local_bcp")
+    config.data.name = "cifar10"
+    config.data.crop_padding = 4
+    config.eps = 36 / 255
+    config.eps_train = 0.1551
+    config.schedule.epochs = 800
+    config.schedule.batch_size = 256
+    config.schedule.warmup = 20 / 800
+    config.schedule.ramp = 400 / 800
+    config.schedule.constant = 400 / 800
+    config.schedule.learning_rate = 1e-3
+    config.schedule.learning_rate_end = 1e-6
+    config.power_iteration.num_iters = 2
+    return config
+
+
+def tiny_imagenet(method: str | None, default: str = "local_bcp") -> ConfigDict:
+    """What the runs on Tiny-ImageNet share."""
+    config = base(method, default)
+    config.data.name = "tiny_imagenet"
+    config.data.crop_padding = 4
+    config.eps = 36 / 255
+    config.eps_train = 0.16
+    config.schedule.epochs = 250
+    config.schedule.batch_size = 128
+    config.schedule.warmup = 0.0
+    config.schedule.ramp = 125 / 250
+    config.schedule.constant = 150 / 250
+    config.schedule.learning_rate = 2.5e-4
+    config.schedule.learning_rate_end = 5e-7
+    config.power_iteration.num_iters = 1
+    config.probe.size = 4
+    config.certify.batch_size = 50
     return config

@@ -13,15 +13,15 @@ GROUPS = {
     "Networks": ("from_flax", "Residual", "Network", "Block", "Fork", "Join"),
     "Certifying many examples": ("Certifier", "load_certificates"),
     "Regions and bounds": ("l2_ball", "Region", "propagate", "Bounds", "masked_row_norms", "full_row_norms"),
-    "Norms in a pass": ("Estimate", "WarmStarted", "Given", "global_norms"),
+    "Norms in a pass": ("Estimate", "WarmStarted", "RandomStarted", "Given", "global_norms"),
     "Spectral norms": ("LinearMap", "power_iteration", "converged_norm"),
     "Worst-case logits and losses": (
-        *("box_and_ball", "pairwise_lipschitz", "worst_logits", "worst_margin"),
-        *("cross_entropy", "gloro", "mixed", "sparsity"),
+        *("box_and_ball", "pairwise_lipschitz", "lipschitz_margin", "worst_logits", "worst_margin"),
+        *("cross_entropy", "gloro", "mixed", "trades", "sparsity"),
     ),
     "Layers": (
         *("Dense", "Conv", "Scale", "dense", "convolution"),
-        *("Identity", "ReLU", "ClippedReLU", "MaxMin", "MaxPool"),
+        *("Identity", "ReLU", "ClippedReLU", "MaxMin", "ClippedMaxMin", "MaxPool"),
     ),
     "Attacks": ("pgd",),
 }

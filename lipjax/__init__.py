@@ -11,6 +11,7 @@ from lipjax.bounds import (
     Bounds,
     Estimate,
     Given,
+    RandomStarted,
     WarmStarted,
     full_row_norms,
     global_norms,
@@ -32,8 +33,8 @@ from lipjax.layers import (
     convolution,
     dense,
 )
-from lipjax.losses import cross_entropy, gloro, mixed, sparsity
-from lipjax.margins import box_and_ball, pairwise_lipschitz, worst_logits, worst_margin
+from lipjax.losses import cross_entropy, gloro, mixed, sparsity, trades
+from lipjax.margins import box_and_ball, lipschitz_margin, pairwise_lipschitz, worst_logits, worst_margin
 from lipjax.models import Residual
 from lipjax.networks import Block, Fork, Join, Network
 from lipjax.reading import from_flax
@@ -62,6 +63,7 @@ __all__ = [
     "MaxMin",
     "MaxPool",
     "Network",
+    "RandomStarted",
     "ReLU",
     "Region",
     "Residual",
@@ -81,6 +83,7 @@ __all__ = [
     "global_norms",
     "gloro",
     "l2_ball",
+    "lipschitz_margin",
     "load_certificates",
     "local_lipschitz",
     "masked_row_norms",
@@ -90,6 +93,7 @@ __all__ = [
     "power_iteration",
     "propagate",
     "sparsity",
+    "trades",
     "worst_logits",
     "worst_margin",
 ]

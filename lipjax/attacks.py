@@ -22,6 +22,7 @@ def pgd(
     num_steps: int = 100,
     step_size: Array | float | None = None,
     start: Array | None = None,
+    objective: Callable[[Array], Array] | None = None,
 ) -> Array:
     """l2 PGD on the cross entropy from one random start, every iterate inside the ball and in [0, 1].
 
@@ -37,6 +38,7 @@ def pgd(
         num_steps: steps of normalised gradient ascent.
         step_size: default eps / 4.
         start: points (B, ...) in the ball to go on from; default random ones. The key is not used then.
+        objective: what is ascended, from logits (B, classes) to values (B,); default the cross entropy.
 
     Returns:
         Perturbed inputs (B, ...), the last iterate. Attacks of a NaN gradient stay where they are.
@@ -51,11 +53,15 @@ def pgd(
     eps = jnp.asarray(eps, x.dtype)
     step = eps / 4 if step_size is None else jnp.asarray(step_size, x.dtype)
 
-    def total_loss(points: Array) -> Array:
-        logits = network(points)
+    def cross_entropy(logits: Array) -> Array:
         own = jnp.arange(logits.shape[1])[None] == label[:, None]
         rivals = jax.nn.logsumexp(jnp.where(own, -jnp.inf, logits), axis=1)
-        return jnp.sum(rivals - jnp.sum(jnp.where(own, logits, 0), axis=1))
+        return rivals - jnp.sum(jnp.where(own, logits, 0), axis=1)
+
+    ascended = cross_entropy if objective is None else objective
+
+    def total_loss(points: Array) -> Array:
+        return jnp.sum(ascended(network(points)))
 
     def ascend(_: int, points: Array) -> Array:
         direction = jax.vmap(spectral.unit)(jax.grad(total_loss)(points))

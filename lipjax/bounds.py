@@ -214,14 +214,14 @@ class WarmStarted:
     an example's own vector is only iterated once per epoch and lags behind the weights.
 
     Attributes:
-        vectors: one start per block, on the smaller side of its layer, of length 1 or 0.
+        vectors: one start per block, or by place, on the smaller side of its layer, of length 1 or 0.
         shared: one vector of the whole layer per block, or None.
         key: the noise of this step is drawn from it.
         num_iters: power iterations, at least 1.
         noise: length of the noise.
     """
 
-    vectors: tuple[Array, ...]
+    vectors: tuple[Array, ...] | dict[int, Array]
     shared: tuple[Array, ...] | None
     key: Array
     num_iters: int = dataclasses.field(metadata={"static": True})
@@ -233,6 +233,25 @@ class WarmStarted:
         start = self.vectors[place].astype(noise.dtype) + self.noise * spectral.unit(noise)
         other = None if self.shared is None else self.shared[place].astype(noise.dtype)
         return spectral.power_iteration(oriented, start, self.num_iters, other)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class RandomStarted:
+    """A few power iterations from a random start, new each time (the paper's Table 1). Hands back the last vector.
+
+    Attributes:
+        key: the starts are drawn from it, one per layer.
+        num_iters: power iterations, at least 1.
+    """
+
+    key: Array
+    num_iters: int = dataclasses.field(metadata={"static": True})
+
+    def __call__(self, place: int, linear_map: LinearMap) -> tuple[Array, Array]:
+        oriented = linear_map.from_smaller_side()
+        start = jax.random.normal(jax.random.fold_in(self.key, place), oriented.in_shape, oriented.dtype)
+        return spectral.power_iteration(oriented, start, self.num_iters)
 
 
 @jax.tree_util.register_dataclass

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from lipjax import figures, reports, runs, settings
+from lipjax import figures, recipe, reports, settings
 from lipjax.data import from_file, load
 from lipjax.errors import InputError
 from lipjax.evaluation import evaluate
@@ -62,7 +62,7 @@ def certify(
         dataset = load(config.data.name, split, config.data.dir, config.data.cache)
     else:
         dataset = from_file(file, config.data.name)
-    model, facts = runs.restore_model(workdir, config, dataset, which)
+    model, facts = recipe.restore_model(workdir, config, dataset, which)
     network = from_flax(model, dataset.images.shape[1:])
     chosen = dataset.take(slice(limit))
     seed = config.seed if seed is None else seed

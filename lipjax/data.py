@@ -1,4 +1,4 @@
-"""Data sets as arrays: MNIST and CIFAR-10 through tensorflow-datasets, scikit-learn's digits bundled.
+"""Data sets as arrays: scikit-learn's digits, which is bundled, and others by name through tensorflow-datasets.
 
 Training reads uint8 arrays only; TensorFlow is never imported, except to prepare a data set that is not there yet.
 Decoded arrays are cached, so that a machine without tensorflow-datasets can train from the cache.
@@ -18,10 +18,16 @@ import numpy as np
 
 from lipjax.errors import InputError
 
-TFDS_NAMES = ("mnist", "cifar10")
-NAMES = ("digits", *TFDS_NAMES)
-SHAPES = {"digits": (8, 8, 1), "mnist": (28, 28, 1), "cifar10": (32, 32, 3)}
-NUM_CLASSES = 10
+# Shape of an image and number of classes. A data set of tensorflow-datasets is one line here.
+SPECS: dict[str, tuple[tuple[int, int, int], int]] = {
+    "digits": ((8, 8, 1), 10),
+    "mnist": ((28, 28, 1), 10),
+    "fashion_mnist": ((28, 28, 1), 10),
+    "cifar10": ((32, 32, 3), 10),
+    "cifar100": ((32, 32, 3), 100),
+    "tiny_imagenet": ((64, 64, 3), 200),
+}
+NAMES = tuple(SPECS)
 DIGITS_TEST, DIGITS_SEED = 360, 0  # the fixed stratified split: 1,437 training and 360 test images
 
 
@@ -59,7 +65,7 @@ def from_file(path: pathlib.Path, name: str) -> Dataset:
     Raises:
         InputError: what is wrong with the file, and what is expected.
     """
-    shape, classes = SHAPES[name], NUM_CLASSES
+    shape, classes = SPECS[name]
     try:
         with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
             arrays = {key: file[key] for key in ("images", "labels")}
@@ -109,7 +115,7 @@ def load(name: str, split: str, data_dir: str | None = None, cache_dir: str | No
     source = pathlib.Path(data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
     cache = pathlib.Path(cache_dir or os.environ.get("LIPJAX_CACHE") or "~/.cache/lipjax").expanduser()
     images, labels = _cached(name, split, source, cache)
-    return Dataset(images, labels, scale=255, num_classes=NUM_CLASSES)
+    return Dataset(images, labels, scale=255, num_classes=SPECS[name][1])
 
 
 def train_and_validation(train: Dataset, validation: int, seed: int) -> tuple[Dataset, Dataset]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
 
+from lipjax.layers import Activation, ClippedMaxMin, ClippedReLU, MaxMin, ReLU
 from lipjax.regions import Region
 
 
@@ -46,18 +48,61 @@ def mixed(clean: Array, worst: Array, kappa: Array | float) -> Array:
     return kappa * clean + (1 - kappa) * worst
 
 
-def sparsity(preactivation: Region, theta: Array, weight_theta: Array | float) -> Array:
-    """``mean max(0, upper) + weight_theta max(0, theta - lower)`` over the neurons of one layer ([H21] Eq 12).
-
-    It pushes neurons towards being constant on the region: below zero or above theta everywhere.
+def divergence(logits: Array, other: Array) -> Array:
+    """``KL(softmax(logits) || softmax(other))``, natural logarithm.
 
     Args:
-        preactivation: the region before a clipped ReLU, with its box.
-        theta: its clips.
-        weight_theta: weight of the second term.
+        logits: (..., classes).
+        other: (..., classes).
+
+    Returns:
+        Shape (...).
+    """
+    return optax.losses.kl_divergence_with_log_targets(jax.nn.log_softmax(other), jax.nn.log_softmax(logits))
+
+
+def trades(clean: Array, attacked: Array, label: Array, beta: float) -> Array:
+    """``cross_entropy(clean) + beta KL(softmax(clean) || softmax(attacked))``.
+
+    Args:
+        clean: logits (..., classes).
+        attacked: logits (..., classes) of perturbed inputs.
+        label: integers (...).
+        beta: weight of the second term.
+
+    Returns:
+        Shape (...).
+
+    Reference:
+        Zhang, Yu, Jiao, Xing, El Ghaoui, Jordan, ICML 2019, Eq 5.
+    """
+    return cross_entropy(clean, label) + beta * divergence(clean, attacked)
+
+
+def sparsity(activation: Activation, preactivation: Region, weight_theta: Array | float) -> Array:
+    """How far the outputs of one layer are from being constant on the region, on average ([H21] Eq 12 and 26).
+
+    - ReLU: ``max(0, upper)``;
+    - clipped ReLU: ``max(0, upper) + weight_theta max(0, theta - lower)``;
+    - clipped MaxMin: ``weight_theta max(0, upper_clip - lower)`` of the maxima, ``max(0, upper - lower_clip)`` of the
+      minima, by the box between MaxMin and its clips;
+    - others have no way to be constant: 0.
+
+    Args:
+        activation: of the layer.
+        preactivation: the region before it, with its box.
+        weight_theta: weight of the terms about upper clips.
 
     Returns:
         Scalar; sum it over layers.
     """
     lower, upper = preactivation.box
-    return jnp.mean(jnp.maximum(upper, 0) + weight_theta * jnp.maximum(theta - lower, 0))
+    if isinstance(activation, ClippedReLU):
+        return jnp.mean(jnp.maximum(upper, 0) + weight_theta * jnp.maximum(activation.theta - lower, 0))
+    if isinstance(activation, ReLU):
+        return jnp.mean(jnp.maximum(upper, 0))
+    if isinstance(activation, ClippedMaxMin):
+        (lower_max, _), (_, upper_min) = (jnp.split(MaxMin()(bound), 2, axis=-1) for bound in (lower, upper))
+        maxima = weight_theta * jnp.maximum(activation.upper_clip - lower_max, 0)
+        return jnp.mean(jnp.stack([maxima, jnp.maximum(upper_min - activation.lower_clip, 0)]))
+    return jnp.zeros((), lower.dtype)

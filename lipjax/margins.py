@@ -6,6 +6,8 @@ for one example, lower bounds of logits[y] - logits[j] over the region, one per 
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
@@ -29,6 +31,26 @@ def pairwise_lipschitz(head: Dense, region: Region, label: Array) -> Array:
     margins, directions = _margins(head, region, label)
     masked = jnp.where(region.live.ravel()[None], directions, 0)
     return margins - region.ball * jax.vmap(length)(masked)
+
+
+def lipschitz_margin(head: Dense, region: Region, label: Array, sigma: Array) -> Array:
+    """``margin - sqrt(2) radius ||W I||``, I the live features: one direction-free constant for all rivals (LMT).
+
+    Args:
+        head: the last layer, W.
+        region: features of one example; its ball is used.
+        label: integer scalar.
+        sigma: norm of the last layer over the live features, an upper bound of it if the margins are to be bounds.
+
+    Returns:
+        Margins (classes,).
+
+    Reference:
+        [LMT] section 4.
+    """
+    logits = head(region.center)
+    own = jnp.arange(logits.shape[0]) == label
+    return logits[label] - logits - jnp.where(own, 0, math.sqrt(2) * region.ball * sigma)
 
 
 def box_and_ball(head: Dense, region: Region, label: Array, num_iters: int = 16) -> Array:

@@ -44,7 +44,8 @@ def print_row(row: Row) -> None:
     """One line about one epoch."""
     line = f"epoch {row['epoch']:4d}  {short(row)}"
     if "validation_clean_accuracy" in row:
-        line += f"  validation {row['validation_clean_accuracy']:.3f}/{row['validation_certified_accuracy']:.3f}"
+        scores = [row[key] for key in row if key.startswith("validation_") and key.endswith("_accuracy")]
+        line += f"  validation {'/'.join(f'{score:.3f}' for score in scores)}"
     if "probe_lipschitz_ratio" in row:
         line += f"  estimate/converged {row['probe_lipschitz_ratio']:.3f}"
     print(f"{line}  {row['images_per_second']:.0f} images/s  {row['seconds']:.1f} s", flush=True)
@@ -52,12 +53,15 @@ def print_row(row: Row) -> None:
 
 def short(row: Row) -> str:
     """The numbers to watch, as in the progress bar."""
-    live = " ".join(f"{100 * row[key]:.0f}" for key in row if key.startswith("live_"))
-    return (
-        f"loss {row['loss']:.3f}  clean {row['clean_accuracy']:.3f}  certified {row['certified_accuracy']:.3f}  "
-        f"eps {row.get('eps', 0.0):.3g}  lipschitz {row['local_lipschitz']:.3g}/{row['global_lipschitz']:.3g}  "
-        f"live% {live}"
-    )
+    parts = [f"loss {row['loss']:.3f}"]
+    names = {"clean": "clean_accuracy", "attacked": "pgd_accuracy", "certified": "certified_accuracy"}
+    parts += [f"{name} {row[key]:.3f}" for name, key in names.items() if key in row]
+    parts.append(f"eps {row.get('eps', 0.0):.3g}")
+    constants = [f"{row[key]:.3g}" for key in ("local_lipschitz", "global_lipschitz") if key in row]
+    parts.append(f"lipschitz {'/'.join(constants)}")
+    if live := [f"{100 * row[key]:.0f}" for key in row if key.startswith("live_")]:
+        parts.append(f"live% {' '.join(live)}")
+    return "  ".join(parts)
 
 
 def replace_text(path: pathlib.Path, text: str) -> None:

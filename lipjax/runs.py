@@ -17,15 +17,13 @@ from flax import nnx
 from jax import Array
 from tqdm import tqdm
 
-from lipjax import bounds, data, losses, margins, models, reading, reports, schedules, settings, sharding, training
+from lipjax import bounds, data, methods, reading, recipe, reports, settings, sharding, training
 from lipjax.checkpoints import Checkpoints, flat, unflat
 from lipjax.errors import InputError
-from lipjax.regions import l2_ball
 from lipjax.settings import Config
-from lipjax.training import Batch, Images, Method, TrainState
+from lipjax.training import Batch, Images, TrainState
 
-MARGINS = {"pairwise_lipschitz": margins.pairwise_lipschitz, "box_and_ball": margins.box_and_ball}
-LOSSES = {"gloro": losses.gloro, "cross_entropy": lambda logits, worst, label: losses.cross_entropy(worst, label)}
+SCORES = ("certified_accuracy", "pgd_accuracy", "clean_accuracy")  # the first that a method has chooses its best epoch
 FETCH_EVERY = 4  # steps in flight; forced CPU devices must synchronise at least every 8
 
 
@@ -77,10 +75,10 @@ class Run:
             )
         whole = data.load(config.data.name, "train", config.data.dir, config.data.cache)
         self.train, self.validation = data.train_and_validation(whole, config.data.validation, config.seed)
-        self.model = model_of(config, self.train)
+        self.model = recipe.model_of(config, self.train)
         self.graphdef, self.params = nnx.split(self.model, nnx.Param)
         self.batches = sharding.Batches(config.schedule.batch_size, self.devices, config.seed)
-        self.method = method_of(config, self.batches.steps(len(self.train)) * config.schedule.epochs)
+        self.method = recipe.method_of(config, self.batches.steps(len(self.train)) * config.schedule.epochs)
         self.train_step = training.mapped(training.train_step, self.method, self.graphdef)
         self.validation_step = training.mapped(training.validation_step, self.method, self.graphdef, config.eps)
         self.probe = jax.jit(self._probe)
@@ -93,11 +91,12 @@ class Run:
         self.best = Checkpoints(workdir / "checkpoints" / "best", keep=2)
 
     def initial_state(self) -> TrainState:
-        """The state before the first step, for one device; with local norms it has one row of vectors per example."""
+        """The state before the first step, for one device; with one row of vectors for each example that keeps them."""
         key = jax.random.key(self.config.seed)
         network = reading.from_flax(self.model, self.train.images.shape[1:])
-        vectors = jax.jit(training.initial_vectors)(network, jax.random.fold_in(key, 0))
-        own = vectors if self.method.local else ()
+        objective = self.method.objective
+        vectors = jax.jit(training.initial_vectors)(objective.layers(network), jax.random.fold_in(key, 0))
+        own = tuple(vectors[place] for place in objective.kept(network))
 
         def rows(num_examples: int) -> tuple[np.ndarray, ...]:
             return tuple(np.broadcast_to(np.asarray(v)[None], (num_examples, *v.shape)) for v in own)
@@ -137,19 +136,22 @@ class Run:
         if len(self.validation):
             batches = self.batches.in_order(len(self.validation))
             state, found = self._sweep(self.validation_step, state, self.validation_images, batches, None)
-            row |= {f"validation_{key}": found[key] for key in ("loss", "clean_accuracy", "certified_accuracy")}
+            row |= {f"validation_{key}": found[key] for key in ("loss", *SCORES) if key in found}
         return state, row | self._probe_row(state)
 
     def is_best(self, rows: list[dict[str, Any]]) -> bool:
-        """Whether the newest row has the highest certified accuracy on the validation split so far.
+        """Whether the newest row has the highest score on the validation split so far.
 
-        Only epochs that end at the full eps count: before, the norms are underestimated the most.
+        That is its certified accuracy; without bounds its accuracy under the attack, or else the clean one. Only epochs
+        that end at the full eps count: before, the norms are underestimated the most.
         """
         if not len(self.validation):
             return False
-        full = math.ceil(self.config.schedule.ramp * self.config.schedule.epochs)
+        bounded = self.config.method.loss not in recipe.UNBOUNDED
+        full = math.ceil(self.config.schedule.ramp * self.config.schedule.epochs) if bounded else 0
         ramped = [row for row in rows if row["epoch"] >= full]
-        scores = [row["validation_certified_accuracy"] for row in ramped]
+        score = next(f"validation_{name}" for name in SCORES if f"validation_{name}" in rows[-1])
+        scores = [row[score] for row in ramped]
         return bool(ramped) and rows[-1] is ramped[-1] and scores[-1] > max(scores[:-1], default=-1.0)
 
     def save_last(self, state: TrainState, epoch: int) -> None:
@@ -236,21 +238,20 @@ class Run:
 
     def _probe(self, state: TrainState, vectors: tuple[Array, ...], x: Array) -> tuple[Array, Array, Array]:
         network = reading.from_flax(nnx.merge(self.graphdef, state.params), x.shape[1:])
-        key = jax.random.key(self.config.seed)
+        key, objective = jax.random.key(self.config.seed), self.method.objective
         eps = self.method.eps(state.step)
         exact = bounds.Estimate(key, max_iters=self.config.probe.max_iters)
-        whole = bounds.WarmStarted(state.global_vectors, None, key, self.method.global_iters, self.method.noise)
+        whole, _ = methods.whole_norms(objective.layers(network), state.global_vectors, objective.iterations, key)
         converged_whole, _ = bounds.global_norms(network, exact)
-        if not self.method.local:
-            return bounds.global_norms(network, whole)[0][None], converged_whole[None], converged_whole
+        if not (isinstance(objective, methods.Bounded) and objective.local):
+            return whole[None, : len(network.blocks)], converged_whole[None], converged_whole
 
-        def one(x: Array, vectors: tuple[Array, ...]) -> tuple[Array, Array]:
-            warm = bounds.WarmStarted(vectors, state.global_vectors, key, self.method.num_iters, self.method.noise)
-            region = l2_ball(x, eps)
-            estimated = bounds.propagate(network, region, warm, bounds.full_row_norms)
-            return estimated.sigmas, bounds.propagate(network, region, exact, bounds.full_row_norms).sigmas
+        def one(x: Array, vectors: tuple[Array, ...], own_key: Array) -> tuple[Array, Array]:
+            norm = objective.norm(network, vectors, state.global_vectors, whole, key, own_key)
+            estimated = objective.propagate(network, x, eps, norm).sigmas
+            return estimated, objective.propagate(network, x, eps, exact).sigmas
 
-        return *jax.vmap(one)(x, vectors), converged_whole
+        return *jax.vmap(one)(x, vectors, jax.random.split(key, len(x))), converged_whole
 
     def _images(self, dataset: data.Dataset) -> Images:
         images, labels = (sharding.deal(array, self.devices) for array in (dataset.images, dataset.labels))
@@ -259,75 +260,6 @@ class Run:
 
     def _deal_all(self, tables: tuple) -> tuple:
         return tuple(sharding.deal(np.asarray(table), self.devices) for table in tables)
-
-
-def model_of(config: Config, dataset: data.Dataset) -> nnx.Sequential:
-    """The Flax model of a config, freshly initialised from its seed."""
-    return models.classifier(
-        config.model.architecture,
-        config.model.activation,
-        dataset.images.shape[1:],
-        dataset.num_classes,
-        theta=config.model.theta,
-        rngs=nnx.Rngs(config.seed),
-    )
-
-
-def method_of(config: Config, num_steps: int) -> Method:
-    """What a config trains through, over the given number of steps."""
-    schedule = config.schedule
-    learning_rate = schedules.constant_then_exponential(
-        num_steps, schedule.constant, schedule.learning_rate, schedule.learning_rate_end
-    )
-    return Method(
-        local=config.method.norms == "local",
-        margins=MARGINS[config.method.margins],
-        needs_box=config.method.margins == "box_and_ball",
-        loss=LOSSES[config.method.loss],
-        eps=schedules.ramp(num_steps, schedule.warmup, schedule.ramp, 0.0, config.eps_train),
-        kappa=schedules.ramp(num_steps, schedule.warmup, schedule.ramp, schedule.kappa, schedule.kappa_end),
-        learning_rate=learning_rate,
-        optimizer=training.adam(learning_rate),
-        num_iters=config.power_iteration.num_iters,
-        global_iters=config.power_iteration.global_iters,
-        noise=config.power_iteration.noise,
-    )
-
-
-def restore_model(
-    workdir: pathlib.Path, config: Config, dataset: data.Dataset, which: str
-) -> tuple[nnx.Sequential, dict[str, Any]]:
-    """The trained model of a run.
-
-    Args:
-        workdir: the run's folder.
-        config: its config.
-        dataset: any split of its data set; gives the shape of an input.
-        which: ``"best"`` (by the validation split; the last one where there is none) or ``"last"``.
-
-    Returns:
-        The model, and the metadata of its checkpoint.
-
-    Raises:
-        InputError: no checkpoint.
-    """
-    folders = ["best", "last"] if which == "best" else ["last"]
-    for name in folders:
-        folder = workdir / "checkpoints" / name
-        try:
-            found = Checkpoints(folder).restore() if folder.exists() else None
-        except InputError:
-            if name == "last":
-                raise
-            found = None  # said on the way; the last one may be whole
-        if found is not None:
-            arrays, facts = found
-            model = model_of(config, dataset)
-            state = nnx.state(model, nnx.Param)
-            nnx.replace_by_pure_dict(state, unflat(nnx.to_pure_dict(state), arrays["params"]))
-            nnx.update(model, state)
-            return model, {**facts, "checkpoint": name}
-    raise InputError(f"no checkpoint in {workdir / 'checkpoints'}; train with --workdir {workdir} first")
 
 
 def _row(values: dict[str, np.ndarray]) -> dict[str, float]:

@@ -14,10 +14,17 @@ from lipjax import data, models
 from lipjax.errors import InputError
 
 Config = Any  # an ml_collections.ConfigDict, whose entries are known at run time only
-NORMS = ("local", "global")
-MARGINS = ("pairwise_lipschitz", "box_and_ball")
-LOSSES = ("gloro", "cross_entropy")
-ACTIVATIONS = ("relu", "clipped_relu")
+NORMS = ("local", "global", "none")
+MARGINS = ("pairwise_lipschitz", "box_and_ball", "lipschitz_margin", "none")
+LOSSES = ("gloro", "cross_entropy", "clean", "adversarial", "trades")
+STARTS = ("saved", "random")
+# What configs of earlier versions do not say, as it was then.
+SINCE = {
+    "data": {"crop_padding": 0},
+    "model": {"upper_clip": (1.0,), "lower_clip": (-1.0,)},
+    "power_iteration": {"start": "saved", "global_layers": ()},
+    "sparsity": {"weight": 0.0, "weight_theta": 1.0},
+}
 
 
 def parse(arguments: list[str]) -> Config:
@@ -51,7 +58,8 @@ def load(workdir: pathlib.Path) -> Config:
     """
     path = workdir / "config.json"
     try:
-        config = ConfigDict(json.loads(path.read_text()))
+        values = _tuples(json.loads(path.read_text()))
+        config = ConfigDict(values | {name: later | values.get(name, {}) for name, later in SINCE.items()})
         check(config)
     except InputError:
         raise
@@ -74,13 +82,19 @@ def check(config: Config) -> None:
     schedule = config.schedule
     _one_of("data.name", config.data.name, data.NAMES)
     _one_of("model.architecture", config.model.architecture, sorted(models.ARCHITECTURES))
-    _one_of("model.activation", config.model.activation, ACTIVATIONS)
+    _one_of("model.activation", config.model.activation, models.ACTIVATIONS)
     _one_of("method.norms", config.method.norms, NORMS)
     _one_of("method.margins", config.method.margins, MARGINS)
     _one_of("method.loss", config.method.loss, LOSSES)
+    _check_method(config.method)
+    _one_of("power_iteration.start", config.power_iteration.start, STARTS)
+    _check_layers(config)
     for key, least in (
         ("seed", 0),
         ("data.validation", 0),
+        ("data.crop_padding", 0),
+        ("sparsity.weight", 0),
+        ("sparsity.weight_theta", 0),
         ("schedule.epochs", 1),
         ("schedule.batch_size", 1),
         ("power_iteration.num_iters", 1),
@@ -107,13 +121,53 @@ def check(config: Config) -> None:
 def check_same(config: Config, before: Config) -> None:
     """Raises InputError where a run cannot go on because what it computes was changed; where it reads may change."""
     free = ("data.dir", "data.cache", "certify.", "checkpoint.")
-    now, then = _flat(config.to_dict()), _flat(before.to_dict())
+    now, then = (_flat(either.to_dict()) for either in (config, before))
     for key in sorted(now.keys() | then.keys()):
         if now.get(key) != then.get(key) and not key.startswith(free):
             raise InputError(
                 f"--config.{key}={now.get(key)} differs from the run to resume, which has {then.get(key)}; "
                 "give the same config, or train into another --workdir"
             )
+
+
+def _check_method(method: Config) -> None:
+    """Raises InputError for parts of a method that do not go together."""
+    bounded = method.loss in ("gloro", "cross_entropy")
+    wrong = ""
+    if bounded and method.margins == "none":
+        wrong = "needs margins: box_and_ball, say"
+    elif bounded and method.norms == "none" and method.margins != "box_and_ball":
+        wrong = "without norms there is the box alone: give margins=box_and_ball"
+    elif not bounded and (method.margins, method.norms) != ("none", "none"):
+        wrong = "is without bounds: give norms=none and margins=none"
+    if wrong:
+        parts = f"norms={method.norms} and margins={method.margins}"
+        raise InputError(f"--config.method.loss={method.loss} with {parts}: {wrong}")
+
+
+def _check_layers(config: Config) -> None:
+    """Raises InputError for entries about layers that the architecture does not have."""
+    hidden = len(models.ARCHITECTURES[config.model.architecture])
+    for key in ("upper_clip", "lower_clip"):
+        clips = config.model[key]
+        if len(clips) not in (1, hidden) or not all(isinstance(clip, int | float) for clip in clips):
+            raise InputError(
+                f"--config.model.{key}={tuple(clips)} does not fit; give one number, or one for each of the {hidden} "
+                f"hidden layers of {config.model.architecture}"
+            )
+    for place in config.power_iteration.global_layers:
+        if not isinstance(place, int) or not 0 <= place <= hidden:
+            raise InputError(
+                f"--config.power_iteration.global_layers names layer {place}; the weight layers of "
+                f"{config.model.architecture} are counted from 0 to {hidden}"
+            )
+
+
+def _tuples(value: Any) -> Any:
+    """JSON's lists as the tuples that they were."""
+    if isinstance(value, dict):
+        return {key: _tuples(entry) for key, entry in value.items()}
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

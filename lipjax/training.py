@@ -12,13 +12,12 @@ import optax
 from flax import nnx
 from jax import Array, lax
 
-from lipjax import bounds, losses, margins, spectral
-from lipjax.networks import Network
+from lipjax import augmentation, bounds, spectral
+from lipjax.layers import Affine
+from lipjax.methods import Method, Metrics
 from lipjax.reading import from_flax
-from lipjax.regions import Region, l2_ball
 
 AXIS = "devices"
-Metrics = dict[str, Array]
 
 
 @jax.tree_util.register_dataclass
@@ -31,8 +30,8 @@ class TrainState:
         params: the trainable Flax NNX state.
         opt_state: of the optimiser.
         key: source of the noise of every step.
-        global_vectors: one bfloat16 vector per block, for the norm of the whole layer.
-        vectors: per block, bfloat16 (examples, ...): the vector of every training example. Empty with global norms.
+        global_vectors: one bfloat16 vector per layer, for the norm of the whole layer.
+        vectors: bfloat16 (examples, ...) for each place where examples keep vectors of their own.
         validation_vectors: the same for the validation split.
     """
 
@@ -43,37 +42,6 @@ class TrainState:
     global_vectors: tuple[Array, ...]
     vectors: tuple[Array, ...]
     validation_vectors: tuple[Array, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class Method:
-    """What a run trains through, and with which numbers.
-
-    Attributes:
-        local: norms of the masked layers per example, with boxes and masks; else global norms shared by all.
-        margins: ``(head, region, label) -> margins``: worst-case margins, see :mod:`lipjax.margins`.
-        needs_box: the margins use the box, so that it is computed also with global norms.
-        loss: ``(logits, worst_logits, label) -> loss`` of one example.
-        eps: schedule of the radius.
-        kappa: schedule of the weight of the clean loss.
-        learning_rate: schedule of the optimiser, for the log.
-        optimizer: Optax transformation.
-        num_iters: power iterations per step and example.
-        global_iters: power iterations per step for the whole layers; they cost next to nothing.
-        noise: length of the noise added to the unit vectors in every step.
-    """
-
-    local: bool
-    margins: Callable[..., Array]
-    needs_box: bool
-    loss: Callable[[Array, Array, Array], Array]
-    eps: optax.Schedule
-    kappa: optax.Schedule
-    learning_rate: optax.Schedule
-    optimizer: optax.GradientTransformation
-    num_iters: int
-    global_iters: int
-    noise: float
 
 
 @jax.tree_util.register_dataclass
@@ -126,15 +94,23 @@ def train_step(
     x, label = data[batch.index]
     eps, kappa = method.eps(state.step), method.kappa(state.step)
     stored = tuple(_gather(vectors, batch.index) for vectors in state.vectors)
-    noise_key = jax.random.fold_in(state.key, state.step)
+    key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+    size = x.shape[1]
+    if method.crop_padding:
+        own_key = jax.random.fold_in(jax.random.fold_in(key, 0), lax.axis_index(AXIS))
+        frame = augmentation.draw(own_key, len(x), method.crop_padding)
+        x = augmentation.moved(x, frame)
+        stored = tuple(augmentation.into_frame(vectors, frame, size) for vectors in stored)
     share = batch.weight / lax.psum(jnp.sum(batch.weight), AXIS)
 
     def objective(params: Any) -> tuple[Array, tuple]:
         network = from_flax(nnx.merge(graphdef, params), x.shape[1:])
-        result = _evaluate(method, network, x, label, eps, kappa, stored, state.global_vectors, noise_key)
+        result = method.objective(network, x, label, eps, kappa, stored, state.global_vectors, key)
         return jnp.sum(share * result[0]), result
 
     gradient, (loss, metrics, vectors, global_vectors) = jax.grad(objective, has_aux=True)(state.params)
+    if method.crop_padding:
+        vectors = tuple(augmentation.out_of_frame(vector, frame, size) for vector in vectors)
     gradient = lax.psum(gradient, AXIS)
     updates, opt_state = method.optimizer.update(gradient, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
@@ -156,8 +132,8 @@ def validation_step(
     x, label = data[batch.index]
     network = from_flax(nnx.merge(graphdef, state.params), x.shape[1:])
     stored = tuple(_gather(vectors, batch.index) for vectors in state.validation_vectors)
-    noise_key = jax.random.fold_in(state.key, state.step)
-    loss, metrics, vectors, _ = _evaluate(method, network, x, label, eps, 0.0, stored, state.global_vectors, noise_key)
+    key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+    loss, metrics, vectors, _ = method.objective(network, x, label, eps, 0.0, stored, state.global_vectors, key)
     share = batch.weight / lax.psum(jnp.sum(batch.weight), AXIS)
     kept = tuple(_scatter(old, batch, new) for old, new in zip(state.validation_vectors, vectors, strict=True))
     return dataclasses.replace(state, validation_vectors=kept), _average({"loss": loss, **metrics}, share)
@@ -181,59 +157,18 @@ def placed(tree: Any) -> Any:
     return jax.pmap(lambda leaf: leaf, axis_name=AXIS)(tree)
 
 
-def initial_vectors(network: Network, key: Array, num_iters: int = 100) -> tuple[Array, ...]:
-    """One bfloat16 vector per block, iterated towards the top singular vector of the whole layer.
+def initial_vectors(layers: tuple[Affine, ...], key: Array, num_iters: int = 100) -> tuple[Array, ...]:
+    """One bfloat16 vector per layer, iterated towards the top singular vector of the whole layer.
 
     It is the first start of every example too: most of the neurons of a fresh network are live.
     """
 
-    def norm(place: int, linear_map: spectral.LinearMap) -> tuple[Array, Array]:
-        oriented = linear_map.from_smaller_side()
+    def iterated(place: int, layer: Affine) -> Array:
+        oriented = bounds.linear_map(layer).from_smaller_side()
         start = jax.random.normal(jax.random.fold_in(key, place), oriented.in_shape, oriented.dtype)
-        return spectral.power_iteration(oriented, start, num_iters)
+        return spectral.power_iteration(oriented, start, num_iters)[1]
 
-    return _stored(tuple(norm(place, bounds.linear_map(b.affine))[1] for place, b in enumerate(network.blocks)))
-
-
-def _evaluate(
-    method: Method,
-    network: Network,
-    x: Array,
-    label: Array,
-    eps: Array | float,
-    kappa: Array | float,
-    stored: tuple[Array, ...],
-    global_stored: tuple[Array, ...],
-    key: Array,
-) -> tuple[Array, Metrics, tuple[Array, ...], tuple[Array, ...]]:
-    """Loss (B,), metrics (B,) or (B, blocks), and the vectors after the iterations."""
-    whole = bounds.WarmStarted(global_stored, None, key, method.global_iters, method.noise)
-    shared, global_vectors = bounds.global_norms(network, whole)
-
-    def one(x: Array, label: Array, vectors: tuple[Array, ...]) -> tuple[Array, Metrics, tuple[Array, ...]]:
-        warm = bounds.WarmStarted(vectors, global_vectors, key, method.num_iters, method.noise)
-        found = _propagate(method, network, l2_ball(x, eps), warm if method.local else bounds.Given(shared))
-        logits = network.head(found.features.center)
-        worst = method.margins(network.head, found.features, label)
-        worst_case = method.loss(logits, margins.worst_logits(logits, worst, label), label)
-        clean = losses.cross_entropy(logits, label)
-        correct = jnp.argmax(logits) == label
-        metrics = {
-            "clean_accuracy": correct,
-            "certified_accuracy": correct & (margins.worst_margin(worst, label) > 0),
-            "local_lipschitz": found.lipschitz,
-            "global_lipschitz": jnp.asarray(network.lipschitz(shared), shared.dtype),
-            "live": jnp.stack([jnp.mean(live) for live in found.live]),
-        }
-        return losses.mixed(clean, worst_case, kappa), metrics, found.norm_results if method.local else vectors
-
-    loss, metrics, vectors = jax.vmap(one)(x, label, stored)
-    return loss, metrics, vectors, global_vectors
-
-
-def _propagate(method: Method, network: Network, region: Region, norm: bounds.Norm) -> bounds.Bounds:
-    region = region if method.local or method.needs_box else region.without_box()
-    return bounds.propagate(network, region, norm, bounds.full_row_norms)
+    return _stored(tuple(iterated(place, layer) for place, layer in enumerate(layers)))
 
 
 def _average(metrics: Metrics, share: Array) -> Metrics:

@@ -12,7 +12,7 @@ import pytest
 
 import lipjax
 from benchmarks import breaker
-from lipjax import data, runs, settings
+from lipjax import data, recipe, settings
 
 SHIPPED = pathlib.Path(__file__).parents[1] / "results" / "digits"
 POINTS = 100_000
@@ -50,7 +50,7 @@ def test_a_hundred_thousand_attacks_break_no_certificate(tmp_path):
 def subject():
     """Images of the shipped run within radii by the oracle: margin / (norms of all layers * ||w_y - w_j||)."""
     config, dataset = settings.load(SHIPPED), data.load("digits", "test").take(slice(40))
-    model, _ = runs.restore_model(SHIPPED, config, dataset, "best")
+    model, _ = recipe.restore_model(SHIPPED, config, dataset, "best")
     network = lipjax.from_flax(model, dataset.images.shape[1:])
     x, label = breaker.pixels(dataset)
     exact = oracles.DenseNetwork(network)

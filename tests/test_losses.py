@@ -1,5 +1,7 @@
 """Losses against their NumPy formulas."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lipjax import Region, cross_entropy, gloro, mixed, sparsity, worst_logits, worst_margin
+from lipjax import (
+    ClippedMaxMin,
+    ClippedReLU,
+    MaxMin,
+    Region,
+    ReLU,
+    cross_entropy,
+    gloro,
+    mixed,
+    sparsity,
+    trades,
+    worst_logits,
+    worst_margin,
+)
 
 
 def log_softmax(logits):
@@ -78,16 +93,47 @@ def test_mixed_at_its_ends_and_between():
     assert mixed(clean, worst, 0.25).tolist() == [2.5, 6.5]
 
 
+def _region(rng, shape):
+    lower = rng.standard_normal(shape)
+    upper = lower + rng.uniform(0, 2, shape)
+    arrays = [jnp.asarray(a, jnp.float32) for a in (lower, upper)]
+    return Region(*arrays, arrays[0], None, jnp.ones(shape, bool), jnp.asarray(True)), lower, upper
+
+
 def test_sparsity_is_the_mean_distance_of_neurons_from_being_constant():
     rng = np.random.default_rng(1)
-    lower = rng.standard_normal((3, 4, 2))
-    upper, theta = lower + rng.uniform(0, 2, lower.shape), rng.uniform(0, 1, lower.shape)
-    expected = np.mean(np.where(upper > 0, upper, 0) + 0.1 * np.where(theta > lower, theta - lower, 0))
-    arrays = [jnp.asarray(a, jnp.float32) for a in (lower, upper)]
-    region = Region(*arrays, arrays[0], None, jnp.ones(lower.shape, bool), jnp.asarray(True))
-    assert float(sparsity(region, jnp.asarray(theta, jnp.float32), 0.1)) == pytest.approx(expected, rel=1e-5)
-    constant = Region(-(arrays[1] ** 2) - 2, -(arrays[1] ** 2) - 1, arrays[0], None, region.live, region.finite)
-    assert float(sparsity(constant, jnp.asarray(theta, jnp.float32), 0.0)) == 0
+    region, lower, upper = _region(rng, (3, 4, 2))
+    theta = rng.uniform(0, 1, lower.shape)
+    clipped = ClippedReLU(jnp.asarray(theta, jnp.float32))
+    below, above = np.where(upper > 0, upper, 0), np.where(theta > lower, theta - lower, 0)
+    assert float(sparsity(clipped, region, 0.1)) == pytest.approx(np.mean(below + 0.1 * above), rel=1e-5)
+    assert float(sparsity(ReLU(), region, 0.1)) == pytest.approx(np.mean(below), rel=1e-5)
+    assert float(sparsity(MaxMin(), region, 0.1)) == 0
+    dead = dataclasses.replace(region, lower=-(region.upper**2) - 2, upper=-(region.upper**2) - 1)
+    assert float(sparsity(clipped, dead, 0.0)) == 0
+
+
+def test_sparsity_of_clipped_maxmin_is_by_the_box_between_maxmin_and_its_clips():
+    rng = np.random.default_rng(2)
+    region, lower, upper = _region(rng, (2, 6))
+    a, b = rng.uniform(0, 1, (2, 3)), rng.uniform(-1, 0, (2, 3))
+    activation = ClippedMaxMin(jnp.asarray(a, jnp.float32), jnp.asarray(b, jnp.float32))
+    terms = []
+    for i in range(2):
+        for j in range(3):
+            terms.append(0.5 * max(0.0, a[i, j] - max(lower[i, j], lower[i, j + 3])))
+            terms.append(max(0.0, min(upper[i, j], upper[i, j + 3]) - b[i, j]))
+    assert float(sparsity(activation, region, 0.5)) == pytest.approx(np.mean(terms), rel=1e-5)
+
+
+def test_trades_is_cross_entropy_and_a_weighted_divergence():
+    rng = np.random.default_rng(3)
+    clean, attacked = rng.standard_normal((2, 5, 3))
+    label = rng.integers(0, 3, 5)
+    p, q = (np.exp(z) / np.exp(z).sum(axis=1, keepdims=True) for z in (clean, attacked))
+    expected = -np.log(p[np.arange(5), label]) + 6 * np.sum(p * np.log(p / q), axis=1)
+    ours = trades(jnp.asarray(clean, jnp.float32), jnp.asarray(attacked, jnp.float32), jnp.asarray(label), 6.0)
+    np.testing.assert_allclose(ours, expected, rtol=1e-4)
 
 
 def test_losses_work_under_vmap_and_their_gradients_sum_to_zero():

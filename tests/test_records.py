@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import lipjax
-from lipjax import certification, data, records, runs, settings
+from lipjax import certification, data, recipe, records, settings
 from lipjax.errors import InputError
 
 SHIPPED = pathlib.Path(__file__).parents[1] / "results" / "digits"
@@ -21,7 +21,7 @@ LIMIT = 20
 @pytest.fixture(scope="module")
 def network():
     config, dataset = settings.load(SHIPPED), data.load("digits", "test")
-    return lipjax.from_flax(runs.restore_model(SHIPPED, config, dataset, "best")[0], dataset.images.shape[1:])
+    return lipjax.from_flax(recipe.restore_model(SHIPPED, config, dataset, "best")[0], dataset.images.shape[1:])
 
 
 def certify(folder, **options):

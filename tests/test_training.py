@@ -13,7 +13,7 @@ import optax
 import pytest
 from flax import nnx
 
-from lipjax import bounds, losses, margins, models, reading, regions, sharding, training
+from lipjax import bounds, losses, margins, methods, models, reading, regions, sharding, training
 
 SHAPE, CLASSES, EXAMPLES = (6, 6, 1), 3, 12
 
@@ -30,23 +30,21 @@ def small_model():
     )
 
 
-def method(learning_rate=1.0, optimizer=None, **changes):
+ITERATIONS = methods.Iterations(num_iters=2, global_iters=3, noise=0.01)
+LOCAL_GLORO = methods.Bounded(
+    ITERATIONS, local=True, box=True, ball=True, margins=margins.pairwise_lipschitz, loss=losses.gloro
+)
+
+
+def method(learning_rate=1.0, optimizer=None, crop_padding=0, **changes):
     constant = optax.constant_schedule
-    return dataclasses.replace(
-        training.Method(
-            local=True,
-            margins=margins.pairwise_lipschitz,
-            needs_box=False,
-            loss=losses.gloro,
-            eps=constant(0.3),
-            kappa=constant(0.25),
-            learning_rate=constant(learning_rate),
-            optimizer=optimizer or optax.sgd(learning_rate),
-            num_iters=2,
-            global_iters=3,
-            noise=0.01,
-        ),
-        **changes,
+    return methods.Method(
+        objective=dataclasses.replace(LOCAL_GLORO, **changes),
+        eps=constant(0.3),
+        kappa=constant(0.25),
+        learning_rate=constant(learning_rate),
+        optimizer=optimizer or optax.sgd(learning_rate),
+        crop_padding=crop_padding,
     )
 
 
@@ -57,9 +55,11 @@ def data_and_state(method, devices, examples=EXAMPLES):
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (examples, *SHAPE), dtype=np.uint8)
     labels = rng.integers(0, CLASSES, examples).astype(np.int32)
-    vectors = training.initial_vectors(reading.from_flax(model, SHAPE), jax.random.key(1), 5)
+    network = reading.from_flax(model, SHAPE)
+    vectors = training.initial_vectors(method.objective.layers(network), jax.random.key(1), 5)
     share = examples // devices
-    tables = tuple(jnp.broadcast_to(v[None, None], (devices, share, *v.shape)) for v in vectors)
+    own = [vectors[place] for place in method.objective.kept(network)]
+    tables = tuple(jnp.broadcast_to(v[None, None], (devices, share, *v.shape)) for v in own)
     shared = (jnp.int32(0), params, method.optimizer.init(params), jax.random.key_data(jax.random.key(2)), vectors)
     shared = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf[None], (devices, *leaf.shape)), shared)
     data = training.Images(images.reshape(devices, share, *SHAPE), labels.reshape(devices, share), 255)
@@ -146,7 +146,7 @@ def test_dead_network_has_finite_gradients(norms):
     model = small_model()
     model.layers[0].bias[...] = jnp.full(4, -1e3)
     graphdef, params = nnx.split(model, nnx.Param)
-    chosen = method(local=norms == "local", margins=margins.box_and_ball, needs_box=True)
+    chosen = method(local=norms == "local", margins=margins.box_and_ball)
     _, state, data = data_and_state(chosen, 1)
     dead = jax.tree.map(lambda leaf: leaf[None], params)
     state = dataclasses.replace(state, params=dead)

@@ -28,6 +28,8 @@ SPECS: dict[str, tuple[tuple[int, int, int], int]] = {
     "tiny_imagenet": ((64, 64, 3), 200),
 }
 NAMES = tuple(SPECS)
+TINY_ARCHIVE = "tiny-imagenet-200.zip"
+TEST_SPLITS = {"tiny_imagenet": "validation"}  # whose official test images have no public labels
 DIGITS_TEST, DIGITS_SEED = 360, 0  # the fixed stratified split: 1,437 training and 360 test images
 
 
@@ -185,13 +187,17 @@ def _decode(folder: pathlib.Path, split: str) -> tuple[np.ndarray, np.ndarray]:
             "array_record, or copy the cached arrays of another machine and set LIPJAX_CACHE"
         ) from None
     print(f"decoding {folder} ({split}), once; the arrays are cached", file=sys.stderr)
-    examples = tfds.builder_from_directory(folder).as_data_source(split)
+    name = TEST_SPLITS.get(folder.parent.name, "test") if split == "test" else split
+    examples = tfds.builder_from_directory(folder).as_data_source(name)
     images = np.stack([example["image"] for example in examples])
     return images, np.asarray([example["label"] for example in examples], np.int32)
 
 
 def _prepare(name: str, source: pathlib.Path, cache: pathlib.Path) -> None:
     """Download and prepare a data set with TensorFlow, or say what is missing."""
+    if name == "tiny_imagenet":
+        _prepare_tiny_imagenet(source, cache)
+        return
     if importlib.util.find_spec("tensorflow") is None:
         raise InputError(
             f"no data set {name!r} in {source} (prepared) or {cache} (cached): set TFDS_DATA_DIR or --config.data.dir "
@@ -205,6 +211,23 @@ def _prepare(name: str, source: pathlib.Path, cache: pathlib.Path) -> None:
     except Exception as error:  # a network or checksum error of any library below
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"preparing {name} in {source} failed: {type(error).__name__}: {reason}") from error
+
+
+def _prepare_tiny_imagenet(source: pathlib.Path, cache: pathlib.Path) -> None:
+    """Prepare Tiny-ImageNet from its original archive; neither internet nor TensorFlow are needed."""
+    manual = source / "downloads" / "manual"
+    if not (manual / TINY_ARCHIVE).exists():
+        raise InputError(
+            f"no data set 'tiny_imagenet' in {source} (prepared) or {cache} (cached): put the original {TINY_ARCHIVE} "
+            f"into {manual}, or set TFDS_DATA_DIR or --config.data.dir to a folder that holds it prepared"
+        )
+    import tensorflow_datasets as tfds
+
+    from lipjax.tiny_imagenet import TinyImagenet  # it imports tensorflow-datasets
+
+    print(f"preparing tiny_imagenet in {source} from {manual / TINY_ARCHIVE}, once", file=sys.stderr)
+    builder = TinyImagenet(data_dir=source, file_format="array_record")
+    builder.download_and_prepare(download_config=tfds.download.DownloadConfig(manual_dir=manual))
 
 
 def _read(path: pathlib.Path) -> tuple[np.ndarray, np.ndarray] | None:

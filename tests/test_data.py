@@ -48,7 +48,10 @@ def test_impossible_validation_split_is_named(validation):
 
 
 def test_unknown_names_are_named():
-    with pytest.raises(InputError, match="unknown data set 'imagenet'.*known are digits, mnist, fashion_mnist, cifar10, cifar100, tiny_imagenet"):
+    with pytest.raises(
+        InputError,
+        match="unknown data set 'imagenet'.*known are digits, mnist, fashion_mnist, cifar10, cifar100, tiny_imagenet",
+    ):
         data.load("imagenet", "train")
     with pytest.raises(InputError, match="unknown split 'val'"):
         data.load("digits", "val")

@@ -12,7 +12,7 @@ MODULES = {path.stem: path for path in sorted(PACKAGE.glob("*.py"))}
 
 # A module imports only from modules before it.
 ORDER = [
-    *("errors", "regions", "convolutions", "models", "data"),
+    *("errors", "regions", "convolutions", "models", "tiny_imagenet", "data"),
     *("layers", "networks", "functions", "assembly", "reading"),
     *("spectral", "bounds", "margins", "certificates", "lanczos", "rounding", "deterministic", "norms"),
     *("certifier", "radius", "robustness", "losses", "attacks", "schedules", "settings"),

@@ -83,8 +83,8 @@ def params_of(state):
 
 
 def test_gradient_of_the_step_is_that_of_the_mean_loss_written_out():
-    chosen = method()
-    graphdef, state, data = data_and_state(chosen, 1)
+    chosen, examples = method(), 3
+    graphdef, state, data = data_and_state(chosen, 1, examples)
     before = params_of(state)
     stored = jax.tree.map(lambda leaf: leaf[0], state)
     x, labels = jnp.asarray(data.images[0], jnp.float32) / 255, data.labels[0]
@@ -95,7 +95,7 @@ def test_gradient_of_the_step_is_that_of_the_mean_loss_written_out():
         whole = bounds.WarmStarted(stored.global_vectors, None, key, 3, 0.01)
         shared = bounds.global_norms(network, whole)[1]
         total = 0.0
-        for place in range(EXAMPLES):
+        for place in range(examples):
             vectors = tuple(table[place] for table in stored.vectors)
             norm = bounds.WarmStarted(vectors, shared, key, 2, 0.01)
             found = bounds.propagate(network, regions.l2_ball(x[place], 0.3), norm, bounds.full_row_norms)
@@ -105,10 +105,10 @@ def test_gradient_of_the_step_is_that_of_the_mean_loss_written_out():
             )
             clean = losses.cross_entropy(logits, labels[place])
             total += 0.25 * clean + 0.75 * losses.gloro(logits, worst, labels[place])
-        return total / EXAMPLES
+        return total / examples
 
     expected = jax.tree.leaves(jax.jit(jax.grad(mean_loss))(stored.params))
-    after, metrics = training.mapped(training.train_step, chosen, graphdef)(state, data, full_batch(1))
+    after, metrics = training.mapped(training.train_step, chosen, graphdef)(state, data, full_batch(1, examples))
     for old, new, gradient in zip(before, params_of(after), expected, strict=True):
         np.testing.assert_allclose(old - new, gradient, atol=2e-6)
     np.testing.assert_allclose(metrics["loss"][0], jax.jit(mean_loss)(stored.params), rtol=1e-5)

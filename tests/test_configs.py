@@ -1,0 +1,99 @@
+"""Every config with every method: it trains, lowers its loss, goes on after a stop, and certifies.
+
+Shrunk to 8x8 images and a small network. The suite runs some pairs; all of them, for fifteen minutes more:
+``python -m pytest -n 2 tests/test_configs.py -m matrix``.
+"""
+
+import json
+import pathlib
+
+import numpy as np
+import pytest
+
+from configs import common
+from lipjax import certification, data, models, reports, runs, settings
+
+FOLDER = pathlib.Path(__file__).parents[1] / "configs"
+CONFIGS = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem not in ("common", "__init__"))
+SOME = [("cifar10_6c2f_maxmin", "local_bcp"), ("tiny_imagenet_8c2f", "local_lmt"), ("digits", "at"), ("digits", "ibp")]
+PAIRS = [(name, method) for name in CONFIGS for method in common.METHODS]
+EXAMPLES, EPOCHS = 48, 5
+
+
+def shrunk(name, method):
+    """The config with a small network and a constant radius, so that the loss has one thing to do."""
+    config = settings.parse([f"--config={FOLDER / name}.py:{method}"])
+    config.model.architecture = "mlp"
+    config.model.upper_clip, config.model.lower_clip = config.model.upper_clip[:1], config.model.lower_clip[:1]
+    config.power_iteration.global_layers = ()
+    config.data.crop_padding = min(1, config.data.crop_padding)
+    config.data.validation = 8
+    config.eps_train = config.eps = 0.05
+    config.schedule.epochs, config.schedule.batch_size = EPOCHS, 16
+    config.schedule.warmup = config.schedule.ramp = 0.0
+    config.schedule.learning_rate = 1e-3
+    config.probe.size, config.probe.max_iters, config.checkpoint.every = 2, 20, 1
+    return config
+
+
+def dataset_of(name, seed):
+    """Images that a small network can tell apart: one random pattern per class, with noise."""
+    channels, classes = data.SPECS[name][0][2], data.SPECS[name][1]
+    rng = np.random.default_rng(0)
+    patterns = rng.integers(0, 256, (classes, 8, 8, channels))
+    labels = np.random.default_rng(seed).integers(0, min(classes, 5), EXAMPLES).astype(np.int32)
+    noise = np.random.default_rng(seed).normal(0, 20, (EXAMPLES, 8, 8, channels))
+    return data.Dataset(np.clip(patterns[labels] + noise, 0, 255).astype(np.uint8), labels, 255, classes)
+
+
+class StoppedError(Exception):
+    pass
+
+
+def check(name, method, folder, monkeypatch):
+    config = shrunk(name, method)
+    for module in (data, certification):
+        monkeypatch.setattr(module, "load", lambda name, split, *_: dataset_of(name, 1 if split == "train" else 2))
+
+    def stop(row):
+        if row["epoch"] == 2:
+            raise StoppedError
+
+    monkeypatch.setattr(reports, "print_row", stop)
+    with pytest.raises(StoppedError):
+        runs.train(config, folder, resume=False)
+    monkeypatch.setattr(reports, "print_row", lambda row: None)
+    runs.train(config, folder, resume=True)
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [row["epoch"] for row in rows] == list(range(1, EPOCHS + 1))
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    summary = certification.certify(folder, limit=8, batch_size=8, level="estimate")
+    assert summary["method"] == method
+    assert 0 <= summary["certified_accuracy"] <= summary["pgd_accuracy"] <= summary["clean_accuracy"] <= 1
+
+
+@pytest.mark.parametrize(("name", "method"), SOME)
+def test_a_config_trains_resumes_and_certifies(name, method, tmp_path, monkeypatch):
+    check(name, method, tmp_path / "run", monkeypatch)
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize(("name", "method"), PAIRS)
+def test_every_config_has_every_method(name, method, tmp_path, monkeypatch):
+    check(name, method, tmp_path / "run", monkeypatch)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_config_says_how_to_run_it_and_what_to_expect(name):
+    text = (FOLDER / f"{name}.py").read_text()
+    for word in ("Command:", f"python train.py --config configs/{name}.py", "Hardware:", "Expected:"):
+        assert word in text
+    config = settings.parse([f"--config={FOLDER / name}.py"])
+    hidden = len(models.ARCHITECTURES[config.model.architecture])
+    assert len(config.model.upper_clip) == len(config.model.lower_clip)
+    assert len(config.model.upper_clip) in (1, hidden)
+
+
+def test_radii_are_exact_fractions():
+    config = settings.parse([f"--config={FOLDER / 'cifar10_6c2f.py'}"])
+    assert config.eps == 36 / 255

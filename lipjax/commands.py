@@ -1,4 +1,4 @@
-"""The two commands, behind train.py and certify.py: arguments in, one line out where they are wrong."""
+"""The commands behind train.py, certify.py and paper.py: arguments in, one line out where they are wrong."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-from lipjax import certification, runs, settings
+from lipjax import certification, published, reproduction, runs, settings
 from lipjax.certifier import LEVELS
 from lipjax.errors import InputError
 
@@ -87,3 +87,32 @@ def certify(parser: Parser, arguments: list[str]) -> None:
         seed=options.seed,
     )
     print(f"\nfiles: {options.output or options.workdir}/certificates.npz, certificates.csv, summary.json, report.md")
+
+
+def paper(parser: Parser, arguments: list[str]) -> None:
+    """``paper.py``."""
+    parser.add_argument("what", choices=(*published.TABLES, *published.FIGURES), help="table or figure of the paper")
+    parser.add_argument("--workdir", type=pathlib.Path, required=True, help="folder of the runs and of what is written")
+    parser.add_argument("--scale", type=float, default=1.0, help="fraction of the epochs; default: all of them")
+    parser.add_argument("--seeds", type=int, help="runs per cell; default: 1, and 3 for table4")
+    parser.add_argument("--limit", type=int, help="test images that are certified; default: all")
+    parser.add_argument("--only", default="*", help="pattern of the cells to run, such as 'mnist_4c3f-*'; default: all")
+    parser.add_argument("--config.KEY", metavar="VALUE", help="override an entry of every config")
+    options, overrides = parser.parse_known_args(arguments)
+    for name, value in (("--scale", options.scale), ("--seeds", options.seeds), ("--limit", options.limit)):
+        if value is not None and not 0 < value < float("inf"):
+            raise InputError(f"{name}={value} cannot be used; give a finite number more than 0")
+    make = reproduction.table if options.what in published.TABLES else reproduction.figure
+    path = make(
+        options.what,
+        reproduction.Options(
+            options.workdir,
+            pathlib.Path("configs"),
+            scale=options.scale,
+            seeds=options.seeds,
+            limit=options.limit,
+            only=options.only,
+            overrides=tuple(overrides),
+        ),
+    )
+    print(f"\n{path.read_text() if path.suffix == '.md' else ''}\n{options.what}: {path}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import pathlib
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from matplotlib.figure import Figure
 
 from lipjax.data import Dataset
 from lipjax.evaluation import Evaluation
-from lipjax.reports import read_rows, replace_text
+from lipjax.reports import Row, read_rows, replace_text
 
 # Means of the paper: power iterations to convergence of 6C2F, [H21] appendix.
 PAPER_DENSE, PAPER_CONVOLUTIONS = 137, (355, 928)
@@ -143,6 +144,44 @@ def _plot_images(folder: pathlib.Path, found: Evaluation, dataset: Dataset) -> s
             panel.axis("off")
     figure.suptitle(f"largest and smallest {name.replace('_', ' ')}", fontsize="small")
     return _save(figure, folder, "report_images.png")
+
+
+def plot_training(path: pathlib.Path, title: str, runs: dict[str, list[Row]], panels: dict[str, str]) -> None:
+    """Draw columns of the logs of several runs against the epoch: one panel for those whose names end alike."""
+    figure = Figure(figsize=(5.5 * len(panels), 4), layout="constrained")
+    for panel, (ylabel, ending) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        for label, rows in runs.items():
+            for key in rows[0]:
+                if key.endswith(ending) and not key.startswith(("probe", "validation")):
+                    epochs = [row["epoch"] for row in rows]
+                    panel.plot(epochs, [row[key] for row in rows], label=f"{label}, {key.replace('_', ' ')}")
+        panel.set(xlabel="epoch", ylabel=ylabel, yscale="log")
+        panel.grid(alpha=0.3)
+        panel.legend(fontsize="x-small")
+    figure.suptitle(title)
+    figure.savefig(path, dpi=100)
+
+
+def plot_layers(path: pathlib.Path, title: str, rows: list[Row], prefix: str) -> None:
+    """Draw one column of a log per layer, ``prefix_1`` and so on, against the epoch."""
+    figure, panel = _panel("epoch", prefix)
+    for key in rows[0]:
+        if key.startswith(f"{prefix}_"):
+            panel.plot([row["epoch"] for row in rows], [row[key] for row in rows], label=f"layer {key.split('_')[1]}")
+    panel.set_title(title, fontsize="small")
+    panel.legend(fontsize="x-small")
+    figure.savefig(path, dpi=100)
+
+
+def plot_bars(path: pathlib.Path, title: str, series: dict[str, Sequence[float]], ylabel: str) -> None:
+    """Draw one bar per layer and series."""
+    figure, panel = _panel("layer", ylabel)
+    width = 0.8 / len(series)
+    for place, (label, values) in enumerate(series.items()):
+        panel.bar(np.arange(1, len(values) + 1) + width * place, values, width, label=label)
+    panel.set_title(title, fontsize="small")
+    panel.legend(fontsize="x-small")
+    figure.savefig(path, dpi=100)
 
 
 def _panel(xlabel: str, ylabel: str) -> tuple[Figure, Any]:

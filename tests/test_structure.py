@@ -29,7 +29,7 @@ ORDER = [
         "evaluation",
         "figures",
     ),
-    *("certification", "commands"),
+    *("certification", "published", "reproduction", "commands"),
     "__init__",
 ]
 MAX_LINES = 350

@@ -1,0 +1,103 @@
+"""Tables and figures of the paper from one command: what is missing is run once, the rest is shown."""
+
+import csv
+import pathlib
+
+import pytest
+
+from lipjax import published, reproduction, runs, settings
+from lipjax.published import Cell, Row, Table
+
+CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
+SMALL = ("--config.model.architecture=mlp", "--config.probe.size=0", "--config.schedule.batch_size=500")
+CELLS = [row.cell for table in published.TABLES.values() for row in table.rows if row.cell]
+
+
+def options(folder, **changes):
+    changes = {"scale": 0.02, "limit": 20, "overrides": SMALL, **changes}
+    return reproduction.Options(folder, CONFIGS, **changes)
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """A table of three cells that can be run, one of them without its data, and one method that we do not have."""
+    rows = (
+        Row("digits", "Standard", (99.0, 45.4, None), Cell("digits", "standard")),
+        Row("digits", "GloRo", (92.9, 68.9, 50.1), Cell("digits", "gloro"), (0.1, 0.2, None)),
+        Row(
+            "MNIST", "IBP", (1.0, 2.0, 3.0), Cell("mnist_4c3f", "ibp", {"data.dir": "nowhere", "data.cache": "nowhere"})
+        ),
+        Row("digits", "CAP", (88.1, 67.9, 44.5)),
+    )
+    monkeypatch.setitem(published.TABLES, "table1", Table("A small table", published.ACCURACIES, rows))
+    monkeypatch.setattr(
+        published, "FIGURE_CELLS", {"Local-Lip-B": Cell("digits", "bcp"), "BCP": Cell("digits", "gloro")}
+    )
+
+
+def lines_of(path):
+    with path.with_suffix(".csv").open() as file:
+        return {(line["setting"], line["method"]): line for line in csv.DictReader(file)}
+
+
+def test_a_table_is_measured_once_and_says_what_is_missing(small, tmp_path, monkeypatch, capsys):
+    path = reproduction.table("table1", options(tmp_path, only="*standard*"))
+    lines = lines_of(path)
+    standard = lines["digits", "Standard"]
+    assert float(standard["clean, paper"]) == 99
+    assert float(standard["clean, difference"]) == pytest.approx(float(standard["clean, ours"]) - 99, abs=0.02)
+    assert standard["certified, paper"] == standard["certified, difference"] == ""
+    assert (standard["epochs"], standard["seeds"], standard["test images"]) == ("2", "1", "20 of digits")
+    assert lines["digits", "GloRo"]["remark"] == "not run"
+    assert lines["digits", "CAP"]["remark"] == "method not in lipjax"
+    assert "|digits|Standard|99|" in path.read_text()
+    # Again with all cells: the finished one is not run again, one lacks its data, one is made.
+    trained = []
+    train = runs.train
+    monkeypatch.setattr(
+        runs, "train", lambda config, *a, **k: (trained.append(config.method.name), train(config, *a, **k))
+    )
+    lines = lines_of(reproduction.table("table1", options(tmp_path)))
+    assert trained == ["gloro", "ibp"]
+    assert lines["digits", "GloRo"]["clean, paper"] == "92.9 +- 0.1"
+    assert lines["digits", "GloRo"]["remark"] == ""
+    assert "no data set 'mnist'" in lines["MNIST", "IBP"]["remark"]
+    assert "no data set 'mnist'" in capsys.readouterr().err
+    # More images or another scale are another measurement.
+    assert (
+        lines_of(reproduction.table("table1", options(tmp_path, limit=30, only="nothing")))["digits", "GloRo"]["seeds"]
+        == ""
+    )
+
+
+def test_figures_are_drawn_from_the_logs(small, tmp_path):
+    for name in ("figure2", "figure3", "figure4", "figure5", "figure6", "figure7"):
+        path = reproduction.figure(name, options(tmp_path))
+        assert path.stat().st_size > 5000, name
+
+
+def test_unknown_names_are_refused_with_the_list(tmp_path):
+    with pytest.raises(reproduction.InputError, match="'table3' is unknown; give one of table1, table2, .*figure7"):
+        reproduction.table("table3", options(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "cell", {cell.name: cell for cell in [*CELLS, *published.FIGURE_CELLS.values()]}.values(), ids=str
+)
+def test_every_cell_is_a_config_that_parses(cell, tmp_path):
+    config = reproduction._config(cell, 3, options(tmp_path, scale=1.0, overrides=()))
+    assert config.method.name == cell.method
+    assert config.seed == 3
+    for key, value in cell.overrides.items():
+        assert settings._lookup(config, key) == value
+
+
+def test_the_same_run_has_the_same_numbers_in_all_tables():
+    """Of tables that print the best seed, as far as the paper agrees with itself."""
+    by_cell = {}
+    for name in ("table1", "table2", "table6"):
+        for row in published.TABLES[name].rows:
+            if row.cell:
+                by_cell.setdefault(row.cell.name, set()).add(row.paper)
+    assert all(len(values) == 1 for values in by_cell.values())
+    assert len(by_cell) == 35

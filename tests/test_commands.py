@@ -32,6 +32,14 @@ MNIST = f"--config={ROOT / 'configs' / 'mnist_4c3f.py'}"
         ([DIGITS, "--config.model.architecture=resnet"], ["resnet", "4c3f"]),
         ([DIGITS, "--config.method.loss=hinge"], ["hinge", "gloro"]),
         ([DIGITS, "--config.power_iteration.num_iters=0"], ["num_iters=0", "at least 1"]),
+        ([DIGITS, "--config.method.margins=none"], ["loss=gloro", "needs margins"]),
+        ([DIGITS + ":ibp", "--config.method.margins=pairwise_lipschitz"], ["norms=none", "the box alone"]),
+        ([DIGITS + ":standard", "--config.method.norms=local"], ["loss=clean", "without bounds"]),
+        ([DIGITS, "--config.power_iteration.global_layers=(7,)"], ["names layer 7", "from 0 to 3"]),
+        ([DIGITS, "--config.power_iteration.start=zero"], ["start='zero'", "saved, random"]),
+        ([DIGITS, "--config.model.upper_clip=(1.0,2.0)"], ["upper_clip=(1.0, 2.0)", "3 hidden layers"]),
+        ([DIGITS, "--config.sparsity.weight=-1.0"], ["sparsity.weight=-1.0", "at least 0"]),
+        ([DIGITS, "--config.data.crop_padding=-1"], ["crop_padding=-1", "at least 0"]),
         ([DIGITS, "more"], ["unexpected argument 'more'"]),
         ([DIGITS, "--epochs=3"], ["epochs"]),
     ],
@@ -64,6 +72,8 @@ def run(name, *arguments, **options):
         ("certify.py", ["--workdir", "{tmp}"], "is not a run"),
         ("certify.py", ["--workdir", "{tmp}", "--eps", "wide"], "wide"),
         ("certify.py", ["--workdir", "{tmp}", "--split", "val"], "val"),
+        ("paper.py", ["table3", "--workdir", "{tmp}"], "table3"),
+        ("paper.py", ["table2", "--workdir", "{tmp}", "--scale", "-1"], "--scale=-1"),
     ],
 )
 def test_scripts_exit_with_2_and_one_line(name, arguments, part, tmp_path):
@@ -77,7 +87,7 @@ def test_scripts_exit_with_2_and_one_line(name, arguments, part, tmp_path):
     assert done.stdout == ""
 
 
-@pytest.mark.parametrize("name", ["train.py", "certify.py"])
+@pytest.mark.parametrize("name", ["train.py", "certify.py", "paper.py"])
 def test_help_shows_examples(name):
     done = run(name, "--help")
     assert done.returncode == 0

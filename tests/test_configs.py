@@ -94,6 +94,34 @@ def test_a_config_says_how_to_run_it_and_what_to_expect(name):
     assert len(config.model.upper_clip) in (1, hidden)
 
 
-def test_radii_are_exact_fractions():
-    config = settings.parse([f"--config={FOLDER / 'cifar10_6c2f.py'}"])
-    assert config.eps == 36 / 255
+# The paper's Table 3: method, network, activation, eps_train, learning rates, batch, epochs at the end of warm-up, ramp
+# constant learning rate and run, iterations, sparsity weights
+TABLE_3 = {
+    "mnist_4c3f": ("local_gloro", "4c3f", "clipped_relu", 1.58, 1e-3, 5e-6, 256, (0, 150, 150, 300), 5, 0.0, 1.0),
+    "cifar10_4c3f": ("local_bcp", "4c3f", "clipped_relu", 0.1551, 1e-3, 1e-6, 256, (20, 400, 400, 800), 2, 0.0, 1.0),
+    "cifar10_6c2f": ("local_bcp", "6c2f", "clipped_relu", 0.1551, 1e-3, 1e-6, 256, (20, 400, 400, 800), 2, 0.0, 1.0),
+    "cifar10_6c2f_maxmin": (
+        *("local_bcp", "6c2f", "clipped_maxmin", 0.1551, 1e-3, 1e-6, 256, (20, 400, 400, 800), 2, 0.0, 1.0),
+    ),
+    "tiny_imagenet_8c2f": (
+        *("local_bcp", "8c2f", "clipped_relu", 0.16, 2.5e-4, 5e-7, 128, (0, 125, 150, 250), 1, 0.01, 0.1),
+    ),
+    "tiny_imagenet_8c2f_maxmin": (
+        *("local_bcp", "8c2f", "clipped_maxmin", 0.16, 1e-4, 5e-7, 128, (0, 125, 150, 250), 3, 0.01, 1.0),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TABLE_3)
+def test_configs_hold_the_numbers_of_table_3(name):
+    config = settings.parse([f"--config={FOLDER / name}.py"])
+    plan = config.schedule
+    epochs = tuple(round(plan.epochs * part, 6) for part in (plan.warmup, plan.ramp, plan.constant, 1))
+    found = (
+        *(config.method.name, config.model.architecture, config.model.activation, config.eps_train),
+        *(plan.learning_rate, plan.learning_rate_end, plan.batch_size, epochs),
+        *(config.power_iteration.num_iters, config.sparsity.weight, config.sparsity.weight_theta),
+    )
+    assert found == TABLE_3[name]
+    assert config.eps == (1.58 if name == "mnist_4c3f" else 36 / 255)  # and not 0.141
+    assert config.data.crop_padding == (0 if name == "mnist_4c3f" else 4)

@@ -15,7 +15,7 @@ from lipjax import certification, data, recipe, records, settings
 from lipjax.errors import InputError
 
 SHIPPED = pathlib.Path(__file__).parents[1] / "results" / "digits"
-LIMIT = 20
+LIMIT = 12
 
 
 @pytest.fixture(scope="module")

@@ -18,6 +18,7 @@ from lipjax import certification, data, reading, recipe, runs, settings
 
 ROOT = pathlib.Path(__file__).parents[1]
 SHRUNK = [
+    "--config.model.architecture=mlp",  # compiles in no time
     "--config.schedule.epochs=3",
     "--config.data.validation=1037",
     "--config.certify.limit=20",

@@ -1,11 +1,14 @@
 """Power iteration on masked layers against the SVD of the masked dense matrix."""
 
+import inspect
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
 
+import lipjax
 from lipjax import LinearMap, WarmStarted, converged_norm, convolution, dense, power_iteration
 from lipjax.bounds import linear_map
 from lipjax.spectral import unit
@@ -312,3 +315,10 @@ def test_unit_has_length_one_and_keeps_zero_with_a_finite_gradient():
     np.testing.assert_allclose(unit(jnp.array([3.0, 4.0])), [0.6, 0.8], rtol=1e-6)
     assert unit(jnp.zeros(3)).tolist() == [0, 0, 0]
     assert np.isfinite(jax.grad(lambda a: unit(a).sum())(jnp.zeros(3))).all()
+
+
+@pytest.mark.parametrize(
+    "function", [lipjax.certify, lipjax.certified_radius, lipjax.local_lipschitz, lipjax.Certifier]
+)
+def test_certificates_take_no_start_from_outside(function):
+    assert not {"start", "vector", "vectors", "u"} & inspect.signature(function).parameters.keys()

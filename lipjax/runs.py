@@ -136,7 +136,7 @@ class Run:
         if len(self.validation):
             batches = self.batches.in_order(len(self.validation))
             state, found = self._sweep(self.validation_step, state, self.validation_images, batches, None)
-            row |= {f"validation_{key}": found[key] for key in ("loss", *SCORES) if key in found}
+            row |= {f"validation_{key}": found[key] for key in ("loss", *reversed(SCORES)) if key in found}
         return state, row | self._probe_row(state)
 
     def is_best(self, rows: list[dict[str, Any]]) -> bool:

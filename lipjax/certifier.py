@@ -45,7 +45,7 @@ class Ledger:
         """Count what was spent on norms of the examples at some places; padding repeats places."""
         self.starts += len(np.unique(places[found.drawn]))
         self.products += int(found.products.sum())
-        self.largest_gap = float(np.fmax(self.largest_gap, np.max(found.gap)))
+        self.largest_gap = float(np.fmax.reduce(found.gap, initial=self.largest_gap))
 
     def facts(self) -> dict[str, float | None]:
         """Ready for JSON; None where a figure has no meaning at this level."""

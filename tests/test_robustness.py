@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lipjax
-from lipjax import Block, Certifier, Network, ReLU, dense
+from lipjax import Block, Certifier, Network, ReLU, dense, norms
+from lipjax.certifier import Ledger
 
 KINDS = ["dense clipped", "conv relu", "dense pairs"]  # one compilation each
 BATCH = 3
@@ -237,6 +238,14 @@ def test_labels_that_do_not_fit_are_refused():
 
 
 # The ledger, and whose starts are whose
+
+
+def test_the_ledger_keeps_the_largest_gap_and_counts_each_start_once():
+    ledger = Ledger(9, 1e-9)
+    found = norms.Norms(np.ones(3), np.array([2, 0, 2]), np.array([0.5, np.nan, 0.25]), np.array([True, False, True]))
+    ledger.enter(found, np.array([4, 5, 4]))
+    ledger.enter(norms.known(1.0, 2), np.arange(2))  # norms that cost nothing have no gap
+    assert (ledger.largest_gap, ledger.starts, ledger.products) == (0.5, 1, 4)
 
 
 def test_the_ledger_counts_the_starts_of_the_whole_layers_and_of_every_example_and_block():

@@ -76,7 +76,7 @@ def _ratios(config: settings.Config, folder: pathlib.Path, moves: bool) -> np.nd
 
         return jax.vmap(one)(x, stored)
 
-    estimated, converged = sigmas(network, augmentation.moved(x, frame), stored)
+    estimated, converged = sigmas(network, augmentation.moved(x, frame, config.data.crop_padding), stored)
     return np.mean(np.asarray(estimated) / np.asarray(converged), axis=0)
 
 

@@ -7,16 +7,8 @@ Expected:  clean / PGD / certified accuracy of the paper, in %: 77.4 / 70.4 / 60
            (gloro).
 
 The paper drops the columns of outputs that are constant; ours drops the rows that no varying output needs as well, so
-that its norms are smaller. The numbers are those of the paper's Table 3. The authors' code differs from it; each
-difference as an override:
-
-- the learning rate decays from epoch 425: --config.schedule.constant=0.53125
-- eps and lambda overshoot by up to one epoch's increment after the ramp; ours are clamped.
-- it certifies at 0.141 in place of 36/255, and keeps the epoch with the lowest TEST error. Ours takes 5,000 images
-  out of training and keeps the epoch that is best on them; --config.data.validation=0 trains on all and keeps the
-  last epoch.
-- its stored vectors belong to another random crop or flip of the image; ours are kept in the frame of the image itself.
-- it back-propagates through all power iterations; ours holds the singular vectors constant.
+that its norms are smaller. The numbers are those of the paper's Table 3; the authors' code differs as
+configs/cifar10_4c3f.py says.
 """
 
 from configs import common

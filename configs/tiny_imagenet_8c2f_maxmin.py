@@ -5,11 +5,7 @@ Hardware:  as configs/tiny_imagenet_8c2f.py.
 Expected:  clean / PGD / certified accuracy of the paper, in %: 36.9 / 33.3 / 23.4 (local_bcp), 35.5 / 32.3 / 22.4
            (gloro).
 
-The data set is prepared from the original archive: see README.md.
-
-The numbers are those of the paper's Table 3. With norms of each example for every layer the stored vectors of 100,000
-images take 116 GB, shared by the devices. The authors' code uses them for 5 of the 9 weight layers before the last
-one and global norms for the others: --config.power_iteration.global_layers="(1,2,4,5)" does, and takes 22 GB.
+Data set, stored vectors and the authors' code: see configs/tiny_imagenet_8c2f.py.
 """
 
 from configs import common

@@ -32,18 +32,13 @@ def draw(key: Array, count: int, padding: int) -> Frame:
     return Frame(down, right, jax.random.bernoulli(flip_key, shape=(count,)))
 
 
-def moved(images: Array, frame: Frame) -> Array:
-    """Images (B, H, W, C) in their frames; what comes in from outside is zero."""
+def moved(images: Array, frame: Frame, padding: int) -> Array:
+    """Images (B, H, W, C) in their frames: crops of the images padded by so many zeros."""
 
     def one(image: Array, frame: Frame) -> Array:
-        rows = jnp.arange(image.shape[0]) - frame.down
-        columns = jnp.arange(image.shape[1]) - frame.right
-        shifted = jnp.take(image, rows, axis=0, mode="fill", fill_value=0)
-        # Negative places count from the end in jnp.take; here they are outside.
-        shifted = jnp.where((rows >= 0)[:, None, None], shifted, 0)
-        shifted = jnp.take(shifted, columns, axis=1, mode="fill", fill_value=0)
-        shifted = jnp.where((columns >= 0)[None, :, None], shifted, 0)
-        return jnp.where(frame.flipped, shifted[:, ::-1], shifted)
+        padded = jnp.pad(image, ((padding, padding), (padding, padding), (0, 0)))
+        crop = jax.lax.dynamic_slice(padded, (padding - frame.down, padding - frame.right, 0), image.shape)
+        return jnp.where(frame.flipped, crop[:, ::-1], crop)
 
     return jax.vmap(one)(images, frame)
 

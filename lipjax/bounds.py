@@ -175,8 +175,12 @@ def linear_map(layer: Affine) -> LinearMap:
 
 def global_norms(network: Network, norm: Norm) -> tuple[Array, tuple[Any, ...]]:
     """The norms (blocks,) of the whole layers of the feature map, and what ``norm`` hands back for each."""
-    pairs = [norm(place, linear_map(block.affine)) for place, block in enumerate(network.blocks)]
-    dtype = network.head.kernel.dtype
+    return layer_norms(tuple(block.affine for block in network.blocks), norm, network.head.kernel.dtype)
+
+
+def layer_norms(layers: tuple[Affine, ...], norm: Norm, dtype: Any = jnp.float32) -> tuple[Array, tuple[Any, ...]]:
+    """The norms (layers,) of whole layers, of ``dtype`` where there are none, and what ``norm`` hands back for each."""
+    pairs = [norm(place, linear_map(layer)) for place, layer in enumerate(layers)]
     return jnp.stack([sigma for sigma, _ in pairs]) if pairs else jnp.ones(0, dtype), tuple(r for _, r in pairs)
 
 

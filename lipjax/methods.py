@@ -279,9 +279,7 @@ class Method:
 
 def whole_norms(layers: tuple[Affine, ...], vectors: Vectors, options: Iterations, key: Array) -> tuple[Array, Vectors]:
     """The norms of whole layers, warm-started, and their vectors after the iterations."""
-    warm = bounds.WarmStarted(vectors, None, key, options.global_iters, options.noise)
-    pairs = [warm(place, bounds.linear_map(layer)) for place, layer in enumerate(layers)]
-    return jnp.stack([sigma for sigma, _ in pairs]), tuple(vector for _, vector in pairs)
+    return bounds.layer_norms(layers, bounds.WarmStarted(vectors, None, key, options.global_iters, options.noise))
 
 
 def _accuracies(clean: Array, attacked: Array, label: Array) -> Metrics:

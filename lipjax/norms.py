@@ -85,7 +85,7 @@ class PowerIteration:
         state = _power_start(layer, rows, columns, keys, place)
         asked = unfinished = _masked(rows, columns, ceiling)
         while unfinished.size:
-            for part in parts(unfinished, min(self.batch_size, count)):
+            for part in parts(unfinished, min(self.batch_size, count), count):
                 state = _power_advance(layer, rows, columns, part, state, self.tol)
             change, iterations = np.asarray(state[2]), np.asarray(state[3])
             unfinished = asked[(change[asked] > self.tol) & (iterations[asked] < self.max_iters)]
@@ -117,13 +117,13 @@ class Lanczos:
         # Half of what a start has along the top direction is left to the rounding of the process.
         t_delta = lanczos.smallest_start(self.delta, length) / 2
         layer, scale = _scaled(layer)
-        ceiling = np.broadcast_to(ceiling, count) / scale
-        process = _lanczos_start(layer, rows, columns, keys, place, ceiling, self.max_steps)
-        upper, gap, products = np.array(ceiling), np.full(count, np.nan), np.zeros(count, int)
+        ceiling = upper = np.broadcast_to(ceiling, count) / scale
+        gap, products, step = np.full(count, np.nan), np.zeros(count, int), 0
         asked = unfinished = _masked(rows, columns, ceiling)
-        step = 0
+        if asked.size:
+            process = _lanczos_start(layer, rows, columns, keys, place, ceiling, self.max_steps)
         while unfinished.size and step < self.max_steps:
-            for part in parts(unfinished, min(self.batch_size, count)):
+            for part in parts(unfinished, min(self.batch_size, count), count):
                 process = _lanczos_advance(layer, rows, columns, part, process, step, t_delta, first=step == 0)
             step = min(step + (lanczos.MORE_STEPS if step else lanczos.FIRST_STEPS), self.max_steps)
             products[unfinished] = 2 * step
@@ -166,10 +166,15 @@ class Deterministic:
         return Norms(sigma, products, np.full(len(rows), np.nan), np.zeros(len(rows), bool))
 
 
-def parts(places: np.ndarray, size: int) -> Iterator[np.ndarray]:
-    """Batches of one size; the last one is filled up by repeating its own places."""
+def parts(places: np.ndarray, size: int, count: int) -> Iterator[np.ndarray]:
+    """Batches of one size of places below ``count``; the last one is filled up with ``count``, which lies outside.
+
+    What is gathered there is clipped, and what is scattered there is dropped. A place that stood in a batch twice would
+    be written twice, in an order that accelerators do not define.
+    """
     for start in range(0, len(places), size):
-        yield np.resize(places[start : start + size], size)
+        part = places[start : start + size]
+        yield np.pad(part, (0, size - len(part)), constant_values=count)
 
 
 def _masked(rows: Array, columns: Array, ceiling: Any) -> np.ndarray:
@@ -226,10 +231,10 @@ def _power_advance(
     vectors, sigmas, changes, counts = state
     u, sigma, change, count = jax.vmap(one)(rows[part], columns[part], vectors[part])
     return (
-        vectors.at[part].set(u),
-        sigmas.at[part].set(sigma),
-        changes.at[part].set(change),
-        counts.at[part].set(counts[part] + count),
+        vectors.at[part].set(u, mode="drop"),
+        sigmas.at[part].set(sigma, mode="drop"),
+        changes.at[part].set(change, mode="drop"),
+        counts.at[part].add(count, mode="drop"),
     )
 
 
@@ -267,7 +272,7 @@ def _lanczos_advance(
 
     some = jax.tree.map(lambda leaf: leaf[part], process)
     advanced = lanczos.first_steps(gram, some, t_delta) if first else lanczos.more_steps(gram, some, step, t_delta)
-    return jax.tree.map(lambda leaf, new: leaf.at[part].set(new), process, advanced)
+    return jax.tree.map(lambda leaf, new: leaf.at[part].set(new, mode="drop"), process, advanced)
 
 
 @jax.jit

@@ -16,7 +16,8 @@ from lipjax.errors import InputError
 Config = Any  # an ml_collections.ConfigDict, whose entries are known at run time only
 NORMS = ("local", "global", "none")
 MARGINS = ("pairwise_lipschitz", "box_and_ball", "lipschitz_margin", "none")
-LOSSES = ("gloro", "cross_entropy", "clean", "adversarial", "trades")
+WORST_CASE_LOSSES = ("gloro", "cross_entropy")
+LOSSES = (*WORST_CASE_LOSSES, "clean", "adversarial", "trades")
 STARTS = ("saved", "random")
 # What configs of earlier versions do not say, as it was then.
 SINCE = {
@@ -121,7 +122,7 @@ def check(config: Config) -> None:
 def check_same(config: Config, before: Config) -> None:
     """Raises InputError where a run cannot go on because what it computes was changed; where it reads may change."""
     free = ("data.dir", "data.cache", "certify.", "checkpoint.")
-    now, then = (_flat(either.to_dict()) for either in (config, before))
+    now, then = _flat(config.to_dict()), _flat(before.to_dict())
     for key in sorted(now.keys() | then.keys()):
         if now.get(key) != then.get(key) and not key.startswith(free):
             raise InputError(
@@ -132,7 +133,7 @@ def check_same(config: Config, before: Config) -> None:
 
 def _check_method(method: Config) -> None:
     """Raises InputError for parts of a method that do not go together."""
-    bounded = method.loss in ("gloro", "cross_entropy")
+    bounded = method.loss in WORST_CASE_LOSSES
     wrong = ""
     if bounded and method.margins == "none":
         wrong = "needs margins: box_and_ball, say"

@@ -12,7 +12,7 @@ import optax
 from flax import nnx
 from jax import Array, lax
 
-from lipjax import augmentation, bounds, spectral
+from lipjax import augmentation, bounds
 from lipjax.layers import Affine
 from lipjax.methods import Method, Metrics
 from lipjax.reading import from_flax
@@ -99,7 +99,7 @@ def train_step(
     if method.crop_padding:
         own_key = jax.random.fold_in(jax.random.fold_in(key, 0), lax.axis_index(AXIS))
         frame = augmentation.draw(own_key, len(x), method.crop_padding)
-        x = augmentation.moved(x, frame)
+        x = augmentation.moved(x, frame, method.crop_padding)
         stored = tuple(augmentation.into_frame(vectors, frame, size) for vectors in stored)
     share = batch.weight / lax.psum(jnp.sum(batch.weight), AXIS)
 
@@ -163,12 +163,7 @@ def initial_vectors(layers: tuple[Affine, ...], key: Array, num_iters: int = 100
     It is the first start of every example too: most of the neurons of a fresh network are live.
     """
 
-    def iterated(place: int, layer: Affine) -> Array:
-        oriented = bounds.linear_map(layer).from_smaller_side()
-        start = jax.random.normal(jax.random.fold_in(key, place), oriented.in_shape, oriented.dtype)
-        return spectral.power_iteration(oriented, start, num_iters)[1]
-
-    return _stored(tuple(iterated(place, layer) for place, layer in enumerate(layers)))
+    return _stored(bounds.layer_norms(layers, bounds.RandomStarted(key, num_iters))[1])
 
 
 def _average(metrics: Metrics, share: Array) -> Metrics:

@@ -21,7 +21,7 @@ def test_an_image_is_a_crop_of_itself_padded_by_zeros(down, right, flipped):
     padded = np.pad(image, ((PADDING, PADDING), (PADDING, PADDING), (0, 0)))
     crop = padded[PADDING - down : PADDING - down + 6, PADDING - right : PADDING - right + 7]
     expected = crop[:, ::-1] if flipped else crop
-    found = augmentation.moved(jnp.asarray(image)[None], one_frame(down, right, flipped))
+    found = augmentation.moved(jnp.asarray(image)[None], one_frame(down, right, flipped), PADDING)
     np.testing.assert_array_equal(found[0], expected)
 
 
@@ -68,7 +68,7 @@ def test_the_vector_of_a_masked_layer_in_its_frame_fits_the_moved_mask():
     oriented = linear_map(layer).from_smaller_side()
     start = jnp.asarray(rng.standard_normal(oriented.in_shape), jnp.float32)
     sigma, vector = sigma_and_vector(live, start, 2000)
-    moved_live = np.asarray(augmentation.moved(jnp.asarray(live, jnp.float32)[None], frame))[0] > 0
+    moved_live = np.asarray(augmentation.moved(jnp.asarray(live, jnp.float32)[None], frame, PADDING))[0] > 0
     carried = augmentation.into_frame(vector[None], frame, size)[0]
     np.testing.assert_allclose(sigma_and_vector(moved_live, carried, 1)[0], sigma, rtol=1e-4)
     assert float(sigma_and_vector(moved_live, vector, 1)[0]) < 0.95 * float(sigma)  # as it was, it does not fit

@@ -391,6 +391,11 @@ def test_lanczos_bounds_the_norm_of_every_masked_layer_whatever_the_batch(name, 
     assert sigma.tolist()[3:] == [0.0, 0.0]
 
 
+def test_no_place_is_written_twice_and_what_fills_up_a_batch_lies_outside():
+    found = list(norms.parts(np.array([0, 2, 3, 5, 6]), 2, 7))
+    assert [part.tolist() for part in found] == [[0, 2], [3, 5], [6, 7]]
+
+
 def test_lanczos_beyond_its_cap_is_loose_and_still_a_bound():
     with jax.enable_x64(True):
         *layer, sigma = masked(LAYERS["strided conv"], jnp.float64)

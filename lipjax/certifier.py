@@ -20,7 +20,6 @@ from lipjax.networks import Block, Fork, Join, Network
 from lipjax.regions import Region, l2_ball
 
 LEAST_EPS = 1e-100
-LEVELS = ("probabilistic", "deterministic", "estimate")
 
 
 @dataclasses.dataclass
@@ -41,9 +40,9 @@ class Ledger:
     products: int = 0
     largest_gap: float = math.nan
 
-    def enter(self, found: norms.Norms, places: np.ndarray) -> None:
-        """Count what was spent on norms of the examples at some places; padding repeats places."""
-        self.starts += len(np.unique(places[found.drawn]))
+    def enter(self, found: norms.Norms) -> None:
+        """Count what was spent on some norms."""
+        self.starts += int(found.drawn.sum())
         self.products += int(found.products.sum())
         self.largest_gap = float(np.fmax.reduce(found.gap, initial=self.largest_gap))
 
@@ -74,6 +73,11 @@ class Found:
     sigmas: np.ndarray
     live: np.ndarray
     products: np.ndarray
+
+    def at(self, places: np.ndarray) -> Found:
+        """What was found for the examples at some places of the batch."""
+        certificate = jax.tree.map(lambda leaf: leaf[places], self.certificate)
+        return Found(certificate, self.sigmas[places], self.live[places], self.products[places])
 
 
 class Certifier:
@@ -108,17 +112,22 @@ class Certifier:
     ) -> None:
         self.examples, self.rounds = examples, rounds
         self.used = np.zeros((rounds, examples), bool)
-        self.level = level_of(network, examples, level, delta, key, rounds, rtol)
+        planned = len(network.blocks) * (1 + examples * rounds)
+        self.level = norms.level_of(level, planned, delta, rtol)
+        if key is None and self.level.name == "probabilistic":
+            raise ValueError(
+                "key=None: the level 'probabilistic' draws random starts; give key=jax.random.key(seed) with a seed "
+                "that does not depend on the data"
+            )
         self.key = jax.random.key(0) if key is None else checked_key(key)
         rounding.check_range(network)
-        planned = len(network.blocks) * (1 + examples * rounds)
         self.ledger = Ledger(planned, getattr(self.level, "delta", math.nan))
         with self._precision():
             self.network = jax.tree.map(lambda leaf: jnp.asarray(leaf, self.level.dtype), network)
             self.sigmas = self._global_norms()
             sound = self.level.dtype == np.float64
-            blocks = [block.affine for block in self.network.blocks]
-            self.absolute = [jax.jit(rounding.absolute_norm)(layer) if sound else None for layer in blocks]
+            absolute = jax.jit(rounding.absolute_norm)
+            self.absolute = [absolute(block.affine) if sound else None for block in self.network.blocks]
 
     @property
     def global_lipschitz(self) -> float:
@@ -148,7 +157,7 @@ class Certifier:
             x: inputs (B, ...) in [0, 1] pixels.
             label: integers (B,).
             eps: l2 radius, scalar or (B,).
-            index: place of each example among all of this certifier (B,); its starts are drawn by it.
+            index: places of the examples among all of this certifier (B,): starts are drawn by them, repetitions free.
             round_: how often these examples have been bounded before.
             ceilings: upper bounds of the norms (B, blocks) known already, as from a larger eps; default none.
 
@@ -164,7 +173,7 @@ class Certifier:
             )
         known = np.broadcast_to(self.sigmas, (len(places), len(self.sigmas)))
         ceilings = known if ceilings is None else np.minimum(known, ceilings)
-        _check_repetitions(places, x, np.broadcast_to(np.asarray(eps), places.shape), ceilings)
+        first, same = _firsts(places, x, label, np.broadcast_to(np.asarray(eps), places.shape), ceilings)
         if self.level.name == "probabilistic":
             if self.used[round_, places].any():
                 again = places[self.used[round_, places]][0]
@@ -176,11 +185,11 @@ class Certifier:
         keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.fold_in(self.key, 1 + round_)))(index)
 
         def solve(place: int, layer: Affine, rows: Array, columns: Array) -> norms.Norms:
-            found = self.level(place, layer, rows, columns, keys, ceilings[:, place])
-            self.ledger.enter(found, places)
+            found = self.level(place, layer, rows, columns, keys, ceilings[:, place], first)
+            self.ledger.enter(found)
             return found
 
-        return self._certify(x, label, eps, solve)
+        return self._certify(x, label, eps, solve).at(same)
 
     def _certify(
         self,
@@ -225,7 +234,7 @@ class Certifier:
             layer = block.affine
             masks = jnp.ones((1, *layer.out_shape), bool), jnp.ones((1, *layer.in_shape), bool)
             norm = level(place, layer, *masks, jax.random.fold_in(self.key, 0)[None], np.inf)
-            self.ledger.enter(norm, np.zeros(1, int))
+            self.ledger.enter(norm)
             found.append(norm.sigma[0])
         return np.asarray(found, np.float64)
 
@@ -235,16 +244,17 @@ class Certifier:
         return contextlib.nullcontext()
 
 
-def _check_repetitions(places: np.ndarray, *given: Array | np.ndarray) -> None:
-    """Raises ValueError where a place is there again with other arguments: padding repeats whole examples only."""
+def _firsts(places: np.ndarray, *given: Array | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Where each example stands first, and for all of the batch where the same one does; ValueError unless it is."""
     _, first, of = np.unique(places, return_index=True, return_inverse=True)
-    for array in map(np.asarray, given):
-        for k in np.flatnonzero(first[of] != np.arange(len(places))):
-            if not np.array_equal(array[k], array[first[of[k]]]):
-                raise ValueError(
-                    f"example {places[k]} is in the batch twice, with different inputs or radii: one start may not "
-                    "serve two masks; give each its own index"
-                )
+    arrays = [np.asarray(array) for array in given]
+    for k, same in enumerate(first[of]):
+        if k != same and not all(np.array_equal(array[k], array[same]) for array in arrays):
+            raise ValueError(
+                f"example {places[k]} is in the batch twice, with different inputs, labels or radii: one start may not "
+                "serve two masks; give each its own index"
+            )
+    return first, first[of]
 
 
 def checked_key(key: Array) -> Array:
@@ -263,29 +273,6 @@ def checked_key(key: Array) -> Array:
             "jax.random.key(seed, impl='threefry2x32')"
         )
     return key
-
-
-def level_of(
-    network: Network, examples: int, level: str, delta: float, key: Array | None, rounds: int, rtol: float
-) -> norms.Level:
-    """The level of a name, with its share of delta."""
-    if level == "estimate":
-        return norms.PowerIteration()
-    if level == "deterministic":
-        return norms.Deterministic()
-    if level != "probabilistic":
-        raise ValueError(f"level={level!r} is not known; give one of {', '.join(LEVELS)}")
-    if isinstance(delta, str) or not 0 < delta < 1:
-        raise ValueError(f"delta={delta!r} is no probability of failure; give a number between 0 and 1, such as 1e-6")
-    if key is None:
-        raise ValueError(
-            "key=None: the level 'probabilistic' draws random starts; give key=jax.random.key(seed) with a seed that "
-            "does not depend on the data"
-        )
-    if isinstance(rtol, str) or not rtol > 0:
-        raise ValueError(f"rtol={rtol!r} cannot be reached; give a relative gap more than 0, such as 1e-3")
-    starts = max(1, len(network.blocks) * (1 + examples * rounds))
-    return norms.Lanczos(delta / starts, rtol)
 
 
 @jax.jit

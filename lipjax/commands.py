@@ -9,8 +9,8 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from lipjax import certification, published, reproduction, runs, settings
-from lipjax.certifier import LEVELS
 from lipjax.errors import InputError
+from lipjax.norms import LEVELS
 
 
 class Parser(argparse.ArgumentParser):

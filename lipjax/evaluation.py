@@ -215,11 +215,12 @@ class Batch:
 def _cohorts(dataset: Dataset, places: np.ndarray, batch_size: int, name: str) -> Iterator[tuple[np.ndarray, Batch]]:
     """The examples at some places in batches of one size, with a progress bar.
 
-    The batches have one size, of at most ``batch_size``, and the last one is filled up by repeating: yields the places
-    without and the batch with the repetition.
+    The size is that of the whole data set in as few batches as ``batch_size`` allows, whatever the places: functions of
+    batches are compiled once. The last one is filled up by repeating: yields the places without and the batch with the
+    repetition.
     """
-    cohorts = max(1, -(-len(places) // batch_size))
-    size = max(1, -(-len(places) // cohorts))
+    cohorts = max(1, -(-len(dataset) // batch_size))
+    size = max(1, -(-len(dataset) // cohorts))
     with tqdm(total=len(places), desc=name, unit=" images", disable=None, leave=False) as bar:
         for start in range(0, len(places), size):
             part = places[start : start + size]

@@ -39,29 +39,36 @@ ROUNDING = 1e-12  # added to t for the rounding of products and recurrence
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Process:
-    """Lanczos processes of a batch after some steps, and what they say about the spectral norms.
+class Tridiagonal:
+    """The matrices T_k of a batch of Lanczos processes.
 
     Attributes:
-        u: the next vectors (B, n), of length 1; zero where the process has broken down.
-        last: the vectors before them (B, n).
-        diagonal: of T_k (B, max_steps).
-        off: off-diagonals of T_k and the residual (B, max_steps).
+        diagonal: (B, max_steps).
+        off: off-diagonals and, last, the residual (B, max_steps).
         size: size of T_k where the process has broken down, more than max_steps where it goes on (B,).
         exact: whether the largest eigenvalue of T_k is sigma^2 itself (B,).
-        lower: lower bounds of sigma (B,), certain.
-        upper: upper bounds of sigma (B,), each but for the probability that belongs to its start; infinite where
-            anything was not finite.
     """
 
-    u: Array
-    last: Array
     diagonal: Array
     off: Array
     size: Array
     exact: Array
-    lower: Array
-    upper: Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Process:
+    """Lanczos processes of a batch after some steps.
+
+    Attributes:
+        u: the next vectors (B, n), of length 1; zero where the process has broken down.
+        last: the vectors before them (B, n).
+        matrix: what they have found.
+    """
+
+    u: Array
+    last: Array
+    matrix: Tridiagonal
 
 
 def smallest_start(delta: float, entries: int) -> float:
@@ -85,43 +92,26 @@ def smallest_start(delta: float, entries: int) -> float:
     return t_delta
 
 
-def begin(start: Array, ceiling: Array | float = jnp.inf, *, max_steps: int) -> Process:
+def begin(start: Array, *, max_steps: int) -> Process:
     """Processes that have made no step.
 
     Args:
         start: random unit vectors (B, n), uniform over directions, independent of the maps; zero for a map that is 0.
-        ceiling: upper bound of all norms that is known already, such as the norm of the whole layer.
         max_steps: the most steps that will be made.
     """
-    zeros = jnp.zeros(start.shape[:1], start.dtype)
     table = jnp.zeros((len(start), max_steps), start.dtype)
-    return Process(
-        u=start,
-        last=jnp.zeros_like(start),
-        diagonal=table,
-        off=table,
-        size=jnp.full_like(zeros, max_steps + 1, jnp.int32),
-        exact=jnp.zeros_like(zeros, bool),
-        lower=zeros,
-        upper=jnp.full_like(zeros, ceiling),
-    )
+    going_on = jnp.full(len(start), max_steps + 1, jnp.int32)
+    return Process(start, jnp.zeros_like(start), Tridiagonal(table, table, going_on, jnp.zeros(len(start), bool)))
 
 
-def first_steps(gram: Callable[[Array], Array], process: Process, t_delta: Array | float) -> Process:
-    """The first ``FIRST_STEPS`` steps, or as many as there may be, and the bounds that follow.
+def first_steps(gram: Callable[[Array], Array], process: Process) -> Process:
+    """The first ``FIRST_STEPS`` steps, or as many as there may be.
 
     Args:
         gram: ``u -> W^T W u`` for vectors (B, n), each with the map of its own example.
         process: see :func:`begin`.
-        t_delta: see :func:`smallest_start`.
-
-    Soundness:
-        Upper bounds, each with a probability of at least 1 - delta over its start, after any number of steps.
-
-    Reference:
-        [DHV00], [Hoc13].
     """
-    start, steps = process.u, min(FIRST_STEPS, process.diagonal.shape[1])
+    start, steps = process.u, min(FIRST_STEPS, process.matrix.diagonal.shape[1])
     dimension = jnp.sum(start != 0, axis=1)
 
     def advance(step: Array, carry: tuple[Process, Array]) -> tuple[Process, Array]:
@@ -129,48 +119,42 @@ def first_steps(gram: Callable[[Array], Array], process: Process, t_delta: Array
         basis = basis.at[:, step].set(process.u)
         process = _step(gram, step, process, lambda vector: _orthogonal(vector, basis))
         # Where the basis spans everything, nothing is left out.
-        spanned = (process.size == step + 1) & (step + 1 >= dimension)
-        return dataclasses.replace(process, exact=process.exact | spanned), basis
+        spanned = (process.matrix.size == step + 1) & (step + 1 >= dimension)
+        matrix = dataclasses.replace(process.matrix, exact=process.matrix.exact | spanned)
+        return dataclasses.replace(process, matrix=matrix), basis
 
     basis = jnp.zeros((len(start), steps, start.shape[1]), start.dtype)
     process, _ = lax.fori_loop(0, steps, advance, (process, basis))
-    return _bounded(process, steps, t_delta)
+    return process
 
 
-def more_steps(gram: Callable[[Array], Array], process: Process, step: Array | int, t_delta: Array | float) -> Process:
-    """``MORE_STEPS`` steps of processes that have made ``step``, or as many as are left, and the bounds that follow.
-
-    Args and Soundness: see :func:`first_steps`.
-    """
-    end = jnp.minimum(step + MORE_STEPS, process.diagonal.shape[1])
-    process = lax.fori_loop(step, end, lambda step, process: _step(gram, step, process, lambda image: image), process)
-    return _bounded(process, end, t_delta)
+def more_steps(gram: Callable[[Array], Array], process: Process, step: Array | int) -> Process:
+    """``MORE_STEPS`` steps of processes that have made ``step``, or as many as are left; see :func:`first_steps`."""
+    end = jnp.minimum(step + MORE_STEPS, process.matrix.diagonal.shape[1])
+    return lax.fori_loop(step, end, lambda step, process: _step(gram, step, process, lambda image: image), process)
 
 
 def _step(
     gram: Callable[[Array], Array], step: Array, process: Process, orthogonal: Callable[[Array], Array]
 ) -> Process:
-    u, off = process.u, process.off
+    u, matrix = process.u, process.matrix
     image = gram(u)
     along = jnp.sum(u * image, axis=1)
-    diagonal = process.diagonal.at[:, step].set(along)
-    before = jnp.where(step > 0, off[:, step - 1], 0)
+    diagonal = matrix.diagonal.at[:, step].set(along)
+    before = jnp.where(step > 0, matrix.off[:, step - 1], 0)
     image = orthogonal(image - along[:, None] * u - before[:, None] * process.last)
     residual = jax.vmap(length)(image)
     largest = jnp.max(diagonal, axis=1)
     # The start may have had so small a part outside of the invariant space that rounding hides it: the residual counts
     # with its noise.
     broken = residual <= BREAKDOWN * largest
-    return Process(
-        u=jnp.where(broken[:, None], 0, image / jnp.where(broken, 1, residual)[:, None]),
-        last=u,
+    matrix = Tridiagonal(
         diagonal=diagonal,
-        off=off.at[:, step].set(jnp.where(broken, residual + NOISE * largest, residual)),
-        size=jnp.where(broken, jnp.minimum(process.size, step + 1), process.size),
-        exact=process.exact | (broken & (largest == 0)),
-        lower=process.lower,
-        upper=process.upper,
+        off=matrix.off.at[:, step].set(jnp.where(broken, residual + NOISE * largest, residual)),
+        size=jnp.where(broken, jnp.minimum(matrix.size, step + 1), matrix.size),
+        exact=matrix.exact | (broken & (largest == 0)),
     )
+    return Process(jnp.where(broken[:, None], 0, image / jnp.where(broken, 1, residual)[:, None]), u, matrix)
 
 
 def _orthogonal(vector: Array, basis: Array) -> Array:
@@ -180,16 +164,31 @@ def _orthogonal(vector: Array, basis: Array) -> Array:
     return vector
 
 
-def _bounded(process: Process, steps: Array | int, t_delta: Array | float) -> Process:
-    """The processes after ``steps`` steps with the bounds that follow: square roots of the largest eigenvalue of T_k
-    and of the root of p_k(t) = 1 / t_delta.
+def enclosures(matrix: Tridiagonal, steps: Array | int, t_delta: Array | float) -> tuple[Array, Array]:
+    """Bounds of the spectral norms after ``steps`` steps.
 
-    p_k(t) is the product of the pivots d_j of t I - T_k over that of the off-diagonals, and t is above the largest
-    eigenvalue exactly where all pivots are positive. Both roots are found by halving the logarithm of a bracket, and
-    its outer end is what counts. Where T_k is ``exact``, its largest eigenvalue is sigma^2.
+    They are the square roots of the largest eigenvalue of T_k and of the root of p_k(t) = 1 / t_delta. p_k(t) is the
+    product of the pivots d_j of t I - T_k over that of the off-diagonals, and t is above the largest eigenvalue exactly
+    where all pivots are positive. Both roots are found by halving the logarithm of a bracket, and its outer end is what
+    counts. Where T_k is ``exact``, its largest eigenvalue is sigma^2.
+
+    Args:
+        matrix: T_k of each process.
+        steps: that were made, k.
+        t_delta: see :func:`smallest_start`.
+
+    Returns:
+        ``(lower, upper)``, of sigma (B,): 0 and infinity where anything was not finite.
+
+    Soundness:
+        Lower bounds without chance; upper bounds, each with a probability of at least 1 - delta over its start, after
+        any number of steps.
+
+    Reference:
+        [DHV00], [Hoc13].
     """
-    diagonal, off, exact = process.diagonal.T, process.off.T, process.exact
-    count = jnp.minimum(process.size, steps)
+    diagonal, off, exact = matrix.diagonal.T, matrix.off.T, matrix.exact
+    count = jnp.minimum(matrix.size, steps)
     place = jnp.arange(diagonal.shape[0])[:, None]
     used = place < count[None]
     target = -jnp.log(t_delta) + jnp.sum(jnp.where(used, jnp.log(jnp.where(used & (off > 0), off, 1)), 0), axis=0)
@@ -223,6 +222,5 @@ def _bounded(process: Process, steps: Array | int, t_delta: Array | float) -> Pr
     pair = (jnp.stack([least, least]), jnp.stack([top, top]))
     low, high = lax.fori_loop(0, HALVINGS, halve, pair)
     finite = jnp.isfinite(jnp.sum(jnp.where(used, diagonal + off, 0), axis=0)) & jnp.isfinite(high[1])
-    found = jnp.where(finite, jnp.sqrt(high[1] * (1 + ROUNDING)), jnp.inf)
-    lower = jnp.maximum(process.lower, jnp.where(finite, jnp.sqrt(low[0]), 0))
-    return dataclasses.replace(process, lower=lower, upper=jnp.minimum(process.upper, found))
+    upper = jnp.where(finite, jnp.sqrt(high[1] * (1 + ROUNDING)), jnp.inf)
+    return jnp.where(finite, jnp.sqrt(low[0]), 0), upper

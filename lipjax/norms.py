@@ -20,6 +20,7 @@ from lipjax import deterministic, lanczos, spectral
 from lipjax.bounds import linear_map
 from lipjax.layers import Affine, Conv
 
+LEVELS = ("probabilistic", "deterministic", "estimate")
 CHUNK_ITERS = 32  # power iterations between two looks at who has converged
 
 
@@ -55,11 +56,21 @@ class Level(Protocol):
     @property
     def dtype(self) -> Any: ...
 
-    def __call__(self, place: int, layer: Affine, rows: Array, columns: Array, keys: Array, ceiling: Any) -> Norms:
+    def __call__(
+        self,
+        place: int,
+        layer: Affine,
+        rows: Array,
+        columns: Array,
+        keys: Array,
+        ceiling: Any,
+        among: np.ndarray | None = None,
+    ) -> Norms:
         """Norms of ``I_rows W I_columns`` for masks (N, ...); each example's start is drawn from its own key (N,).
 
         ``ceiling`` (scalar or (N,)) are upper bounds known already, infinite where there is none; no sigma is larger.
-        Where nothing is masked and a ceiling is known, that is the norm: no start is drawn.
+        Where nothing is masked and a ceiling is known, that is the norm: no start is drawn. So it is for examples that
+        are not ``among`` some of the N, where those are given.
         """
         ...
 
@@ -80,10 +91,10 @@ class PowerIteration:
     name = "estimate"
     dtype = np.float32
 
-    def __call__(self, place: int, layer: Affine, rows: Array, columns: Array, keys: Array, ceiling: Any) -> Norms:
+    def __call__(self, place, layer, rows, columns, keys, ceiling, among=None):
         count = rows.shape[0]
         state = _power_start(layer, rows, columns, keys, place)
-        asked = unfinished = _masked(rows, columns, ceiling)
+        asked = unfinished = _masked(rows, columns, ceiling, among)
         while unfinished.size:
             for part in parts(unfinished, min(self.batch_size, count), count):
                 state = _power_advance(layer, rows, columns, part, state, self.tol)
@@ -112,22 +123,24 @@ class Lanczos:
     name = "probabilistic"
     dtype = np.float64
 
-    def __call__(self, place: int, layer: Affine, rows: Array, columns: Array, keys: Array, ceiling: Any) -> Norms:
+    def __call__(self, place, layer, rows, columns, keys, ceiling, among=None):
         count, length = rows.shape[0], min(math.prod(layer.in_shape), math.prod(layer.out_shape))
         # Half of what a start has along the top direction is left to the rounding of the process.
         t_delta = lanczos.smallest_start(self.delta, length) / 2
         layer, scale = _scaled(layer)
-        ceiling = upper = np.broadcast_to(ceiling, count) / scale
+        lower, upper = np.zeros(count), np.broadcast_to(ceiling, count) / scale
         gap, products, step = np.full(count, np.nan), np.zeros(count, int), 0
-        asked = unfinished = _masked(rows, columns, ceiling)
+        asked = unfinished = _masked(rows, columns, ceiling, among)
         if asked.size:
-            process = _lanczos_start(layer, rows, columns, keys, place, ceiling, self.max_steps)
+            process = _lanczos_start(layer, rows, columns, keys, place, self.max_steps)
         while unfinished.size and step < self.max_steps:
+            end = min(step + (lanczos.MORE_STEPS if step else lanczos.FIRST_STEPS), self.max_steps)
             for part in parts(unfinished, min(self.batch_size, count), count):
-                process = _lanczos_advance(layer, rows, columns, part, process, step, t_delta, first=step == 0)
-            step = min(step + (lanczos.MORE_STEPS if step else lanczos.FIRST_STEPS), self.max_steps)
-            products[unfinished] = 2 * step
-            lower, upper = np.asarray(process.lower), np.asarray(process.upper)
+                process, found = _lanczos_advance(layer, rows, columns, part, process, step, first=step == 0)
+                real = part[part < count]
+                below, above = (np.asarray(bound)[: len(real)] for bound in _enclosures(found, end, t_delta))
+                lower[real], upper[real] = np.maximum(lower[real], below), np.minimum(upper[real], above)
+            products[unfinished], step = 2 * end, end
             unfinished = asked[upper[asked] > lower[asked] * (1 + self.rtol)]
         if asked.size:
             with np.errstate(invalid="ignore", divide="ignore"):
@@ -150,10 +163,10 @@ class Deterministic:
     name = "deterministic"
     dtype = np.float64
 
-    def __call__(self, place: int, layer: Affine, rows: Array, columns: Array, keys: Array, ceiling: Any) -> Norms:
+    def __call__(self, place, layer, rows, columns, keys, ceiling, among=None):
         length = min(math.prod(layer.in_shape), math.prod(layer.out_shape))
         bound = _gram_norms if length <= self.small else _schur_norms
-        asked = _masked(rows, columns, ceiling)
+        asked = _masked(rows, columns, ceiling, among)
         layer, scale = _scaled(layer)
         if length > self.small and isinstance(layer, Conv) and np.isinf(ceiling).all():
             ceiling = deterministic.circulant_norm(layer) * scale
@@ -164,6 +177,31 @@ class Deterministic:
             sigma[asked] = np.where(np.isfinite(found), np.minimum(found * scale, sigma[asked]), np.inf)
             products[asked] = 2 * length if length <= self.small else 2
         return Norms(sigma, products, np.full(len(rows), np.nan), np.zeros(len(rows), bool))
+
+
+def level_of(name: str, starts: int, delta: float, rtol: float) -> Level:
+    """The level of a name.
+
+    Args:
+        name: one of ``LEVELS``.
+        starts: that will be drawn at most.
+        delta: probability that any of them fails.
+        rtol: relative gap at which a norm is tight enough.
+
+    Raises:
+        ValueError: an option that cannot be used, named with its value.
+    """
+    if name == "estimate":
+        return PowerIteration()
+    if name == "deterministic":
+        return Deterministic()
+    if name != "probabilistic":
+        raise ValueError(f"level={name!r} is not known; give one of {', '.join(LEVELS)}")
+    if isinstance(delta, str) or not 0 < delta < 1:
+        raise ValueError(f"delta={delta!r} is no probability of failure; give a number between 0 and 1, such as 1e-6")
+    if isinstance(rtol, str) or not rtol > 0:
+        raise ValueError(f"rtol={rtol!r} cannot be reached; give a relative gap more than 0, such as 1e-3")
+    return Lanczos(delta / max(1, starts), rtol)
 
 
 def parts(places: np.ndarray, size: int, count: int) -> Iterator[np.ndarray]:
@@ -177,11 +215,12 @@ def parts(places: np.ndarray, size: int, count: int) -> Iterator[np.ndarray]:
         yield np.pad(part, (0, size - len(part)), constant_values=count)
 
 
-def _masked(rows: Array, columns: Array, ceiling: Any) -> np.ndarray:
-    """The places where something is masked, or no ceiling is known."""
+def _masked(rows: Array, columns: Array, ceiling: Any, among: np.ndarray | None) -> np.ndarray:
+    """The places, among some or all, where something is masked, or no ceiling is known."""
     axes = tuple(range(1, rows.ndim)), tuple(range(1, columns.ndim))
     whole = np.asarray(jnp.all(rows, axis=axes[0]) & jnp.all(columns, axis=axes[1]))
-    return np.flatnonzero(~(whole & np.isfinite(np.broadcast_to(ceiling, whole.shape))))
+    places = np.flatnonzero(~(whole & np.isfinite(np.broadcast_to(ceiling, whole.shape))))
+    return places if among is None else np.intersect1d(places, among)
 
 
 def _among(places: np.ndarray, count: int) -> np.ndarray:
@@ -240,12 +279,12 @@ def _power_advance(
 
 @functools.partial(jax.jit, static_argnames="max_steps")
 def _lanczos_start(
-    layer: Affine, rows: Array, columns: Array, keys: Array, place: int, ceiling: Array, max_steps: int
+    layer: Affine, rows: Array, columns: Array, keys: Array, place: int, max_steps: int
 ) -> lanczos.Process:
     def one(rows: Array, columns: Array, key: Array) -> Array:
         return _start(key, place, _oriented(layer, rows, columns)).ravel()
 
-    return lanczos.begin(jax.vmap(one)(rows, columns, keys), ceiling, max_steps=max_steps)
+    return lanczos.begin(jax.vmap(one)(rows, columns, keys), max_steps=max_steps)
 
 
 @functools.partial(jax.jit, static_argnames="first", donate_argnames="process")
@@ -256,11 +295,10 @@ def _lanczos_advance(
     part: Array,
     process: lanczos.Process,
     step: int,
-    t_delta: float,
     *,
     first: bool,
-) -> lanczos.Process:
-    """Some steps more for the examples ``part`` of the cohort: the processes of all."""
+) -> tuple[lanczos.Process, lanczos.Tridiagonal]:
+    """Some steps more for the examples ``part`` of the cohort: the processes of all, and what those have found."""
     rows, columns = rows[part], columns[part]
 
     def one(rows: Array, columns: Array, u: Array) -> Array:
@@ -271,8 +309,12 @@ def _lanczos_advance(
         return jax.vmap(one)(rows, columns, u)
 
     some = jax.tree.map(lambda leaf: leaf[part], process)
-    advanced = lanczos.first_steps(gram, some, t_delta) if first else lanczos.more_steps(gram, some, step, t_delta)
-    return jax.tree.map(lambda leaf, new: leaf.at[part].set(new, mode="drop"), process, advanced)
+    advanced = lanczos.first_steps(gram, some) if first else lanczos.more_steps(gram, some, step)
+    return jax.tree.map(lambda leaf, new: leaf.at[part].set(new, mode="drop"), process, advanced), advanced.matrix
+
+
+# Apart from the steps, because it is the same program for every layer.
+_enclosures = jax.jit(lanczos.enclosures)
 
 
 @jax.jit

@@ -113,7 +113,7 @@ def restore_model(
             found = None  # said on the way; the last one may be whole
         if found is not None:
             arrays, facts = found
-            model = model_of(config, dataset)
+            model = nnx.eval_shape(lambda: model_of(config, dataset))  # no initial values are drawn
             state = nnx.state(model, nnx.Param)
             nnx.replace_by_pure_dict(state, unflat(nnx.to_pure_dict(state), arrays["params"]))
             nnx.update(model, state)

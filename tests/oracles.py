@@ -1,9 +1,15 @@
 """Dense float64 NumPy oracles, independent of the library's own arithmetic, and small random networks to try it on."""
 
+import functools
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from lipjax import Block, ClippedMaxMin, ClippedReLU, Conv, Dense, Network, ReLU, convolution, dense
+
+# For functions that a test calls a few times: code that is not optimised is made in half the time.
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def conv_matrix(kernel, in_shape, stride, padding):

@@ -11,7 +11,7 @@ from lipjax import cross_entropy, pgd
 LABELS = jnp.array([0, 1, 2, 0, 1, 2])
 
 
-@jax.jit
+@oracles.jit
 def attack(network, x, label, eps, key, num_steps=30):
     return pgd(network, x, label, eps, key, num_steps=num_steps)
 

@@ -33,7 +33,7 @@ def bounds_of(network, x, eps):
     return jax.vmap(lambda one: propagate(network, l2_ball(one, eps), Exact()))(x)
 
 
-@jax.jit
+@oracles.jit
 def estimates_of(network, x, eps):
     """Local and global constants with norms by power iteration."""
     return local_constants(network, x, eps, TIGHT), jnp.prod(lipjax.global_norms(network, TIGHT)[0])
@@ -299,7 +299,7 @@ def _certificates(network, bounds, label):
 def test_without_its_box_the_region_is_the_global_ball(kind):
     network = oracles.random_network(kind, 7)
     x = oracles.random_inputs(network, 2, 2)
-    bounds = jax.jit(jax.vmap(lambda one: propagate(network, l2_ball(one, 0.1).without_box(), Exact())))(x)
+    bounds = oracles.jit(jax.vmap(lambda one: propagate(network, l2_ball(one, 0.1).without_box(), Exact())))(x)
     assert bounds.features.lower is None
     assert bounds.features.upper is None
     assert all(np.asarray(live).all() for live in bounds.live)
@@ -312,7 +312,7 @@ def test_without_its_box_the_region_is_the_global_ball(kind):
 def test_without_its_ball_the_region_is_the_interval_box(kind):
     network = oracles.random_network(kind, 8)
     x = oracles.random_inputs(network, 3, 2)
-    bounds = jax.jit(jax.vmap(lambda one: propagate(network, l2_ball(one, 0.1).without_ball(), Exact())))(x)
+    bounds = oracles.jit(jax.vmap(lambda one: propagate(network, l2_ball(one, 0.1).without_ball(), Exact())))(x)
     assert bounds.features.radius is None
     exact = oracles.DenseNetwork(network)
     for i in range(2):
@@ -330,10 +330,10 @@ def test_without_its_ball_the_region_is_the_interval_box(kind):
 def test_given_global_norms_give_the_ball_of_those_norms_inside_the_same_masks():
     network = oracles.random_network("dense relu", 9)
     x = oracles.random_inputs(network, 4, 2)
-    sigmas = jax.jit(lambda network: lipjax.global_norms(network, Exact())[0])(network)
+    sigmas = oracles.jit(lambda network: lipjax.global_norms(network, Exact())[0])(network)
     exact = [oracles.spectral_norm(matrix) for matrix, _ in oracles.DenseNetwork(network).layers]
     np.testing.assert_allclose(sigmas, exact, rtol=1e-5)
-    bounds = jax.jit(jax.vmap(lambda one: propagate(network, l2_ball(one, 0.2), Given(sigmas))))(x)
+    bounds = oracles.jit(jax.vmap(lambda one: propagate(network, l2_ball(one, 0.2), Given(sigmas))))(x)
     np.testing.assert_allclose(bounds.features.radius, 0.2 * np.prod(exact), rtol=1e-3)
     assert np.all(np.asarray(bounds.lipschitz) >= np.asarray(bounds_of(network, x, 0.2).lipschitz) * (1 - 1e-5))
 
@@ -343,7 +343,7 @@ def test_full_row_norms_give_a_box_that_is_never_smaller():
     x = oracles.random_inputs(network, 5, 2)
     masked = bounds_of(network, x, 0.2)
     row_norms = lipjax.full_row_norms
-    full = jax.jit(jax.vmap(lambda one: propagate(network, l2_ball(one, 0.2), Exact(), row_norms)))(x)
+    full = oracles.jit(jax.vmap(lambda one: propagate(network, l2_ball(one, 0.2), Exact(), row_norms)))(x)
     for a, b in zip(masked.preactivations, full.preactivations, strict=True):
         assert np.all(np.asarray(b.lower) <= np.asarray(a.lower) + 1e-5)
         assert np.all(np.asarray(b.upper) >= np.asarray(a.upper) - 1e-5)
@@ -359,7 +359,7 @@ def test_local_lipschitz_under_jit_vmap_and_per_example():
     assert together.shape == (3,)
     alone = [float(estimates_of(network, x[i : i + 1], 0.1)[0][0]) for i in range(3)]
     np.testing.assert_allclose(alone, together, rtol=1e-4)
-    over_eps = jax.jit(jax.vmap(lambda eps: local_constants(network, x, eps, Exact())))(jnp.array([0.0, 0.1]))
+    over_eps = oracles.jit(jax.vmap(lambda eps: local_constants(network, x, eps, Exact())))(jnp.array([0.0, 0.1]))
     np.testing.assert_allclose(over_eps[1], together, rtol=1e-3)
     with jax.disable_jit():
         slow = local_constants(network, x, 0.1, Exact())
@@ -374,7 +374,7 @@ def test_gradient_of_local_lipschitz_is_finite_nonzero_and_matches_differences(k
     def total(network):
         return local_constants(network, x, 0.1, TIGHT).sum()
 
-    gradient = jax.jit(jax.grad(total))(network)
+    gradient = oracles.jit(jax.grad(total))(network)
     assert all(np.isfinite(np.asarray(leaf)).all() for leaf in jax.tree.leaves(gradient))
     assert all(np.abs(np.asarray(block.affine.kernel)).max() > 1e-3 for block in gradient.blocks)
     # the exact constant of the float64 pass, along a random direction of one kernel
@@ -410,7 +410,7 @@ def test_everything_dead_gives_zero_with_finite_gradients(kind, level):
         margins = margins_of(network, bounds.features, label)
         return bounds.lipschitz.sum() + sum(m.sum() for m in margins), bounds
 
-    (value, bounds), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(network)
+    (value, bounds), gradient = oracles.jit(jax.value_and_grad(loss, has_aux=True))(network)
     assert np.isfinite(value)
     assert np.all(np.asarray(bounds.lipschitz) == 0)
     assert np.all(np.asarray(bounds.features.radius) == 0)

@@ -83,7 +83,7 @@ def bounds_of(case):
     if case not in SMALL:
         norm = Estimate(jax.random.key(3), tol=1e-3, max_iters=LARGE_ITERS)
     eps = float(golden["eps"])
-    return jax.jit(jax.vmap(lambda one: propagate(network, l2_ball(one, eps), norm)))(x)
+    return oracles.jit(jax.vmap(lambda one: propagate(network, l2_ball(one, eps), norm)))(x)
 
 
 LARGE_ITERS = 60
@@ -147,7 +147,7 @@ def test_boxes_of_the_large_network_hold_sampled_points():
     points = oracles.ball_points(rng, np.asarray(x[0], np.float64).ravel(), float(golden["eps"]), 16)
     z = jnp.asarray(points.reshape(-1, *x.shape[1:]), jnp.float32)
     for block, region in zip(network.blocks, bounds.preactivations, strict=True):
-        z = jax.jit(jax.vmap(block.affine))(z.reshape(-1, *block.affine.in_shape))
+        z = oracles.jit(jax.vmap(block.affine))(z.reshape(-1, *block.affine.in_shape))
         slack = tolerance(np.asarray(z))
         assert np.all(np.asarray(z) >= np.asarray(region.lower[0]) - slack)
         assert np.all(np.asarray(z) <= np.asarray(region.upper[0]) + slack)
@@ -202,7 +202,7 @@ def test_local_constants_are_never_above_the_reference(case):
 def test_global_norms(case):
     golden, _, network = load(case)
     norm = Estimate(jax.random.key(3), tol=1e-6, max_iters=20000)
-    sigmas = jax.jit(lambda network: global_norms(network, norm)[0])(network)
+    sigmas = oracles.jit(lambda network: global_norms(network, norm)[0])(network)
     np.testing.assert_allclose(sigmas, golden["sigma_global_exact"], rtol=1e-4)
 
 
@@ -217,7 +217,7 @@ def test_worst_logits_and_losses_for_the_region_of_the_reference(case):
     region = Region(lower, upper, center, radius, upper > lower, true)
     label = jnp.asarray(golden["y"], jnp.int32)
 
-    @jax.jit
+    @oracles.jit
     def evaluate(head, region, label):
         margins = jax.vmap(lambda region, label: box_and_ball(head, region, label))(region, label)
         logits = jax.vmap(lambda region: head(region.center))(region)

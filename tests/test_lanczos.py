@@ -27,19 +27,21 @@ def _gram(matrices):
 _begin = jax.jit(lanczos.begin, static_argnames="max_steps")
 _first = jax.jit(lambda looks, matrices, *given: lanczos.first_steps(_gram(matrices), *given), static_argnums=0)
 _more = jax.jit(lambda looks, matrices, *given: lanczos.more_steps(_gram(matrices), *given), static_argnums=0)
+_enclosures = jax.jit(lanczos.enclosures)
 
 
-def enclosed(matrices, start, t_delta=SURE, ceiling=np.inf, *, rtol=RTOL, max_steps=256):
+def enclosed(matrices, start, t_delta=SURE, *, rtol=RTOL, max_steps=256):
     """Lower and upper bounds, in float64, and the number of steps."""
     looks = lanczos.FIRST_STEPS, lanczos.MORE_STEPS  # a test may change them: compiled functions are told
     with jax.enable_x64(True):
-        process = _first(looks, matrices, _begin(start, ceiling, max_steps=max_steps), t_delta)
-        steps = min(lanczos.FIRST_STEPS, max_steps)
-        while steps < max_steps and np.any(process.upper > process.lower * (1 + rtol)):
-            process = _more(looks, matrices, process, steps, t_delta)
-            steps = min(steps + lanczos.MORE_STEPS, max_steps)
-    assert process.upper.dtype == np.float64
-    return np.asarray(process.lower), np.asarray(process.upper), steps
+        process, steps = _first(looks, matrices, _begin(start, max_steps=max_steps)), min(looks[0], max_steps)
+        lower, upper = _enclosures(process.matrix, steps, t_delta)
+        while steps < max_steps and np.any(upper > lower * (1 + rtol)):
+            process, steps = _more(looks, matrices, process, steps), min(steps + looks[1], max_steps)
+            below, above = _enclosures(process.matrix, steps, t_delta)
+            lower, upper = np.maximum(lower, below), np.minimum(upper, above)
+    assert upper.dtype == np.float64
+    return np.asarray(lower), np.asarray(upper), steps
 
 
 def units(rng, count, length):
@@ -147,17 +149,6 @@ def test_what_is_not_finite_has_an_infinite_bound_and_leaves_the_rest_of_the_bat
     assert np.all((upper[others] >= sigma) & (upper[others] <= sigma * (1 + RTOL)))
 
 
-def test_a_known_ceiling_is_never_exceeded_and_never_helps_where_it_is_larger():
-    rng = np.random.default_rng(6)
-    matrices, start = random_matrices(rng, 24), units(rng, BATCH, 24)
-    _, free, _ = enclosed(matrices, start, max_steps=8)
-    ceilings = svd(matrices) * np.where(np.arange(BATCH) % 2, 1.0, 10.0)
-    _, upper, _ = enclosed(matrices, start, ceiling=ceilings, max_steps=8)
-    np.testing.assert_allclose(upper, np.minimum(free, ceilings), rtol=1e-12)
-    assert np.any(ceilings < free)
-    assert np.any(ceilings > free)
-
-
 # The root of log p_k(t) = -log t_delta, from another Lanczos process in NumPy
 
 
@@ -247,12 +238,13 @@ def random_starts(seed):
 def uppers(values, start, steps):
     with jax.enable_x64(True):
         process = lanczos.begin(start, max_steps=steps)
-        return np.asarray(_of_diagonal(values, process, lanczos.smallest_start(DELTA, LENGTH)).upper)
+        return np.asarray(_of_diagonal(values, process, lanczos.smallest_start(DELTA, LENGTH)))
 
 
 @jax.jit
 def _of_diagonal(values, process, t_delta):
-    return lanczos.first_steps(lambda u: u * values[None] ** 2, process, t_delta)
+    matrix = lanczos.first_steps(lambda u: u * values[None] ** 2, process).matrix
+    return lanczos.enclosures(matrix, min(lanczos.FIRST_STEPS, matrix.diagonal.shape[1]), t_delta)[1]
 
 
 @pytest.mark.parametrize("name", SPECTRA)
@@ -405,12 +397,27 @@ def test_lanczos_beyond_its_cap_is_loose_and_still_a_bound():
     assert found.gap[0] >= found.sigma[0] / sigma[0] - 1
 
 
-def test_a_ceiling_cuts_the_norms_of_a_layer():
+def test_a_ceiling_cuts_the_norms_of_a_layer_and_a_larger_one_does_nothing():
     with jax.enable_x64(True):
         *layer, sigma = masked(LAYERS["dense"], jnp.float64)
         found = norms.Lanczos(delta=1e-9)(0, *layer, sigma[1])
     assert found.sigma[0] == sigma[1]
     assert found.sigma[2] == pytest.approx(sigma[2], rel=RTOL)
+
+
+@pytest.mark.parametrize(
+    "level", [norms.Lanczos(delta=1e-9, batch_size=2), norms.Deterministic(), norms.PowerIteration(batch_size=2)]
+)
+def test_examples_that_are_not_asked_about_keep_their_ceiling_and_cost_nothing(level):
+    with jax.enable_x64(True):
+        *layer, _ = masked(LAYERS["dense"], jnp.float64)
+        among = np.array([2, 0])
+        whole, found = level(0, *layer, 100.0), level(0, *layer, 100.0, among)
+    np.testing.assert_array_equal(found.sigma[among], whole.sigma[among])
+    others = np.setdiff1d(np.arange(EXAMPLES), among)
+    assert np.all(found.sigma[others] == 100)
+    assert not found.products[others].any()
+    assert not found.drawn[others].any()
 
 
 @pytest.mark.parametrize(("name", "batch_size"), [("dense", 2), ("dense", 8), ("strided conv", 2)])

@@ -31,16 +31,22 @@ def network_and_batch():
     return network, x, jnp.array([0, 1, 2, 1])
 
 
-def evaluate(chosen, network, x, label, eps=EPS, kappa=KAPPA, key=KEY):
-    """Losses and metrics of a batch, from vectors of the whole layers."""
+@functools.cache
+def compiled(chosen):
+    """The objective of a batch from vectors of the whole layers, as one function, compiled once for all tests."""
 
-    @jax.jit
-    def run(network, x, label):
+    @oracles.jit
+    def run(network, x, label, eps, kappa, key):
         whole = training.initial_vectors(chosen.layers(network), key, 50)
         stored = tuple(jnp.repeat(whole[place][None], len(x), 0) for place in chosen.kept(network))
         return chosen(network, x, label, eps, kappa, stored, whole, key)
 
-    loss, metrics, vectors, _ = run(network, x, label)
+    return run
+
+
+def evaluate(chosen, network, x, label, eps=EPS, kappa=KAPPA, key=KEY):
+    """Losses, metrics and vectors of a batch."""
+    loss, metrics, vectors, _ = compiled(chosen)(network, x, label, eps, kappa, key)
     return np.asarray(loss, np.float64), metrics, vectors
 
 

@@ -33,7 +33,13 @@ def small(monkeypatch):
     monkeypatch.setitem(published.TABLES, "table1", Table("A small table", published.ACCURACIES, rows))
     # Compiles faster than true bounds.
     monkeypatch.setattr(certification, "certify", functools.partial(certification.certify, level="estimate"))
-    monkeypatch.setattr(published, "FIGURE_CELLS", dict.fromkeys(("Local-Lip-B", "BCP"), Cell("digits", "bcp")))
+    monkeypatch.setattr(published, "FIGURE_CELLS", dict.fromkeys(("Local-Lip-B", "BCP"), Cell("digits", "gloro")))
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    """The runs of the small table and of the figures: what one test has run, the next one finds."""
+    return tmp_path_factory.mktemp("paper")
 
 
 def lines_of(path):
@@ -41,8 +47,8 @@ def lines_of(path):
         return {(line["setting"], line["method"]): line for line in csv.DictReader(file)}
 
 
-def test_a_table_is_measured_once_and_says_what_is_missing(small, tmp_path, monkeypatch, capsys):
-    path = reproduction.table("table1", options(tmp_path, only="*standard*"))
+def test_a_table_is_measured_once_and_says_what_is_missing(small, workdir, monkeypatch, capsys):
+    path = reproduction.table("table1", options(workdir, only="*standard*"))
     lines = lines_of(path)
     standard = lines["digits", "Standard"]
     assert float(standard["clean, paper"]) == 99
@@ -58,22 +64,20 @@ def test_a_table_is_measured_once_and_says_what_is_missing(small, tmp_path, monk
     monkeypatch.setattr(
         runs, "train", lambda config, *a, **k: (trained.append(config.method.name), train(config, *a, **k))
     )
-    lines = lines_of(reproduction.table("table1", options(tmp_path)))
+    lines = lines_of(reproduction.table("table1", options(workdir)))
     assert trained == ["gloro", "ibp"]
     assert lines["digits", "GloRo"]["clean, paper"] == "92.9 +- 0.1"
     assert lines["digits", "GloRo"]["remark"] == ""
     assert "no data set 'mnist'" in lines["MNIST", "IBP"]["remark"]
     assert "no data set 'mnist'" in capsys.readouterr().err
     # More images or another scale are another measurement.
-    assert (
-        lines_of(reproduction.table("table1", options(tmp_path, limit=30, only="nothing")))["digits", "GloRo"]["seeds"]
-        == ""
-    )
+    lines = lines_of(reproduction.table("table1", options(workdir, limit=30, only="nothing")))
+    assert lines["digits", "GloRo"]["seeds"] == ""
 
 
-def test_figures_are_drawn_from_the_logs(small, tmp_path):
+def test_figures_are_drawn_from_the_logs(small, workdir):
     for name in ("figure2", "figure3", "figure4", "figure5", "figure6", "figure7"):
-        path = reproduction.figure(name, options(tmp_path))
+        path = reproduction.figure(name, options(workdir))
         assert path.stat().st_size > 5000, name
 
 

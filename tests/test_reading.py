@@ -12,18 +12,24 @@ from flax import nnx
 from lipjax import ClippedMaxMin, ClippedReLU, MaxMin, ReLU, from_flax, layers, models
 
 RNGS = nnx.Rngs(0)
+RNG = np.random.default_rng(0)
+
+
+def drawn(key, shape, dtype, **_):
+    """An initialiser that NumPy draws: nothing is compiled."""
+    return jnp.asarray(RNG.standard_normal(shape) / np.sqrt(max(1, np.prod(shape[:-1]))), dtype)
 
 
 def conv(channels_in, channels, kernel=(3, 3), **options):
-    return nnx.Conv(channels_in, channels, kernel, rngs=RNGS, **options)
+    return nnx.Conv(channels_in, channels, kernel, rngs=RNGS, kernel_init=drawn, **options)
 
 
 def linear(inputs, outputs, **options):
-    return nnx.Linear(inputs, outputs, rngs=RNGS, **options)
+    return nnx.Linear(inputs, outputs, rngs=RNGS, kernel_init=drawn, **options)
 
 
 def assert_same(model, shape):
-    x = jax.random.normal(jax.random.key(0), (3, *shape))
+    x = jnp.asarray(RNG.standard_normal((3, *shape)), jnp.float32)
     network = from_flax(model, shape)
     np.testing.assert_allclose(network(x), model(x), rtol=1e-5, atol=2e-5)
     assert network.input_shape == shape
@@ -33,7 +39,7 @@ def assert_same(model, shape):
 COMPUTED = [
     ("4c3f", "clipped_relu"),
     *(("small_cnn", activation) for activation in models.ACTIVATIONS),
-    *(("mlp", activation) for activation in models.ACTIVATIONS),
+    ("mlp", "clipped_maxmin"),
 ]
 SMALL_CLIPS = {"theta": 0.3, "upper_clip": (0.3,), "lower_clip": (-0.1,)}
 

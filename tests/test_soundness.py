@@ -27,12 +27,18 @@ def points_of_ball(x, eps, count, seed):
     return np.asarray(x) + directions * (lengths / norms).reshape(-1, *(1,) * x.ndim)
 
 
+@jax.jit
+def values_of(network, points):
+    """Logits (n, classes) and features (n, m) of some points."""
+    return network(points), jax.vmap(network.features)(points).reshape(len(points), -1)
+
+
 @pytest.mark.parametrize("name", KINDS)
 def test_samples_obey_margins_and_lipschitz_constants(name):
     eps = 0.1
     network = lipjax.from_flax(nnx.Sequential(*FOLDED[name]), (6, 6, 2))
-    x = jax.random.uniform(jax.random.key(1), (2, 6, 6, 2))
-    label = jnp.argmax(network(x), axis=1)
+    x = np.random.default_rng(1).uniform(size=(2, 6, 6, 2)).astype(np.float32)
+    label = np.argmax(values_of(network, x)[0], axis=1)
     sound = {"level": "deterministic"}
     found = lipjax.certify(network, x, label, eps, **sound)
     assert np.isfinite(found.worst_margin).all()
@@ -41,10 +47,9 @@ def test_samples_obey_margins_and_lipschitz_constants(name):
         wide = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), network)
         for i in range(len(x)):
             points = jnp.asarray(points_of_ball(np.asarray(x[i], np.float64), eps, 200, i))
-            logits = np.asarray(wide(points))
+            logits, features = (np.asarray(values) for values in values_of(wide, points))
             rivals = np.delete(logits, int(label[i]), axis=1).max(axis=1)
             assert np.all(logits[:, int(label[i])] - rivals >= float(found.worst_margin[i]))
-            features = np.asarray(jax.vmap(wide.features)(points)).reshape(len(points), -1)
             flat = np.asarray(points).reshape(len(points), -1)
             moved = np.linalg.norm(features[:-1] - features[1:], axis=1)
             assert np.all(moved <= float(found.lipschitz[i]) * np.linalg.norm(flat[:-1] - flat[1:], axis=1))
@@ -55,11 +60,10 @@ def test_features_stay_in_their_region_and_dead_ones_do_not_move(name):
     network = lipjax.from_flax(nnx.Sequential(*FOLDED[name]), (6, 6, 2))
     with jax.enable_x64(True):
         wide = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), network)
-        x = jax.random.uniform(jax.random.key(3), (6, 6, 2), jnp.float64)
+        x = jnp.asarray(np.random.default_rng(3).uniform(size=(6, 6, 2)))
         norm = lipjax.Estimate(jax.random.key(0), tol=1e-9, max_iters=20000)
-        bounds = lipjax.propagate(wide, lipjax.l2_ball(x, 0.1), norm)
-        features = np.asarray(jax.vmap(wide.features)(jnp.asarray(points_of_ball(np.asarray(x), 0.1, 300, 0))))
-        region = bounds.features
+        region = jax.jit(lambda network, x: lipjax.propagate(network, lipjax.l2_ball(x, 0.1), norm).features)(wide, x)
+        features = np.asarray(values_of(wide, jnp.asarray(points_of_ball(np.asarray(x), 0.1, 300, 0)))[1])
         features = features.reshape(-1, *region.center.shape)
         assert np.all(features >= np.asarray(region.lower) - 1e-12)
         assert np.all(features <= np.asarray(region.upper) + 1e-12)

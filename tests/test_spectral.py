@@ -43,7 +43,7 @@ def length(vector):
     return jnp.sqrt(jnp.sum(vector**2))
 
 
-@jax.jit
+@oracles.jit
 def _norms(layer, rows, columns, key):
     """Converged norms from both sides, a few iterations, and gains, of a masked layer."""
     masked = linear_map(layer).masked(rows, columns)

@@ -1,6 +1,7 @@
 """The training step: gradients, padding, stored vectors, devices, compilation."""
 
 import dataclasses
+import functools
 import os
 import pathlib
 import subprocess
@@ -10,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import oracles
 import pytest
 from flax import nnx
 
@@ -36,28 +38,40 @@ LOCAL_GLORO = methods.Bounded(
 )
 
 
-def method(learning_rate=1.0, optimizer=None, crop_padding=0, **changes):
+@functools.cache
+def method(**changes):
     constant = optax.constant_schedule
     return methods.Method(
         objective=dataclasses.replace(LOCAL_GLORO, **changes),
         eps=constant(0.3),
         kappa=constant(0.25),
-        learning_rate=constant(learning_rate),
-        optimizer=optimizer or optax.sgd(learning_rate),
-        crop_padding=crop_padding,
+        learning_rate=constant(1.0),
+        optimizer=optax.inject_hyperparams(optax.sgd)(learning_rate=1.0),  # the state has the rate: see with_rate
     )
 
 
-def data_and_state(method, devices, examples=EXAMPLES):
+def with_rate(state, learning_rate):
+    """The state of an optimiser whose learning rate is another one."""
+    hyperparams = {"learning_rate": jnp.full_like(state.opt_state.hyperparams["learning_rate"], learning_rate)}
+    return dataclasses.replace(state, opt_state=state.opt_state._replace(hyperparams=hyperparams))
+
+
+@functools.cache
+def step_of(method):
+    """The mapped step, compiled once for all tests."""
+    return training.mapped(training.train_step, method, nnx.split(small_model(), nnx.Param)[0])
+
+
+def data_and_state(method, devices):
     """The same examples, dealt out over the devices, and a state whose vectors are all the global ones."""
     model = small_model()
     graphdef, params = nnx.split(model, nnx.Param)
     rng = np.random.default_rng(0)
-    images = rng.integers(0, 256, (examples, *SHAPE), dtype=np.uint8)
-    labels = rng.integers(0, CLASSES, examples).astype(np.int32)
+    images = rng.integers(0, 256, (EXAMPLES, *SHAPE), dtype=np.uint8)
+    labels = rng.integers(0, CLASSES, EXAMPLES).astype(np.int32)
     network = reading.from_flax(model, SHAPE)
     vectors = training.initial_vectors(method.objective.layers(network), jax.random.key(1), 5)
-    share = examples // devices
+    share = EXAMPLES // devices
     own = [vectors[place] for place in method.objective.kept(network)]
     tables = tuple(jnp.broadcast_to(v[None, None], (devices, share, *v.shape)) for v in own)
     shared = (jnp.int32(0), params, method.optimizer.init(params), jax.random.key_data(jax.random.key(2)), vectors)
@@ -66,16 +80,16 @@ def data_and_state(method, devices, examples=EXAMPLES):
     return graphdef, training.TrainState(*shared, tables, ()), data
 
 
-def full_batch(devices, examples=EXAMPLES):
-    share = examples // devices
+def full_batch(devices, first=EXAMPLES):
+    """All examples; with a weight for the first ones only, as if the others were padding."""
+    share = EXAMPLES // devices
     index = np.broadcast_to(np.arange(share, dtype=np.int32), (devices, share))
-    return training.Batch(index, np.ones((devices, share), np.float32))
+    return training.Batch(index, (index < first).astype(np.float32))
 
 
-def one_step(method, devices=1):
-    graphdef, state, data = data_and_state(method, devices)
-    step = training.mapped(training.train_step, method, graphdef)
-    return step(state, data, full_batch(devices))
+def one_step(devices=1):
+    _, state, data = data_and_state(method(), devices)
+    return step_of(method())(state, data, full_batch(devices))
 
 
 def params_of(state):
@@ -84,7 +98,7 @@ def params_of(state):
 
 def test_gradient_of_the_step_is_that_of_the_mean_loss_written_out():
     chosen, examples = method(), 2
-    graphdef, state, data = data_and_state(chosen, 1, examples)
+    graphdef, state, data = data_and_state(chosen, 1)
     before = params_of(state)
     stored = jax.tree.map(lambda leaf: leaf[0], state)
     x, labels = jnp.asarray(data.images[0], jnp.float32) / 255, data.labels[0]
@@ -107,23 +121,23 @@ def test_gradient_of_the_step_is_that_of_the_mean_loss_written_out():
             total += 0.25 * clean + 0.75 * losses.gloro(logits, worst, labels[place])
         return total / examples
 
-    expected = jax.tree.leaves(jax.jit(jax.grad(mean_loss))(stored.params))
-    after, metrics = training.mapped(training.train_step, chosen, graphdef)(state, data, full_batch(1, examples))
-    for old, new, gradient in zip(before, params_of(after), expected, strict=True):
+    loss, expected = oracles.jit(jax.value_and_grad(mean_loss))(stored.params)
+    after, metrics = step_of(chosen)(state, data, full_batch(1, examples))
+    for old, new, gradient in zip(before, params_of(after), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(old - new, gradient, atol=2e-6)
-    np.testing.assert_allclose(metrics["loss"][0], jax.jit(mean_loss)(stored.params), rtol=1e-5)
+    np.testing.assert_allclose(metrics["loss"][0], loss, rtol=1e-5)
 
 
 def test_padding_changes_neither_gradient_nor_metrics_nor_stored_vectors():
     chosen = method()
-    graphdef, state, data = data_and_state(chosen, 1)
+    _, state, data = data_and_state(chosen, 1)
     plain = training.Batch(np.arange(5, dtype=np.int32)[None], np.ones((1, 5), np.float32))
-    index = np.array([[0, 1, 2, 3, 4, 7, 7, 0]], np.int32)
-    padded = training.Batch(index, np.array([[1, 1, 1, 1, 1, 0, 0, 0]], np.float32))
+    index = np.array([[0, 1, 2, 3, 4, 7, 7, 0, 7, 8, 9, 10]], np.int32)
+    padded = training.Batch(index, (np.arange(EXAMPLES) < 5).astype(np.float32)[None])
     results = []
     for batch in (plain, padded):
         copy = jax.tree.map(jnp.array, state)
-        results.append(training.mapped(training.train_step, chosen, graphdef)(copy, data, batch))
+        results.append(step_of(chosen)(copy, data, batch))
     (left, left_metrics), (right, right_metrics) = results
     for a, b in zip(params_of(left), params_of(right), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-6)
@@ -137,7 +151,9 @@ def test_padding_changes_neither_gradient_nor_metrics_nor_stored_vectors():
 
 
 def test_metrics_say_when_parameters_are_no_longer_finite():
-    _, metrics = one_step(method(optimizer=optax.sgd(float("inf"))))
+    _, state, data = data_and_state(method(), 1)
+    _, metrics = step_of(method())(with_rate(state, np.inf), data, full_batch(1))
+    assert np.isfinite(metrics["loss"][0])
     assert not bool(metrics["finite"][0])
 
 
@@ -145,12 +161,12 @@ def test_metrics_say_when_parameters_are_no_longer_finite():
 def test_dead_network_has_finite_gradients(norms):
     model = small_model()
     model.layers[0].bias[...] = jnp.full(4, -1e3)
-    graphdef, params = nnx.split(model, nnx.Param)
+    params = nnx.state(model, nnx.Param)
     chosen = method(local=norms == "local", margins=margins.box_and_ball)
     _, state, data = data_and_state(chosen, 1)
     dead = jax.tree.map(lambda leaf: leaf[None], params)
     state = dataclasses.replace(state, params=dead)
-    after, metrics = training.mapped(training.train_step, chosen, graphdef)(state, data, full_batch(1))
+    after, metrics = step_of(chosen)(state, data, full_batch(1))
     assert bool(metrics["finite"][0])
     assert all(np.isfinite(leaf).all() for leaf in params_of(after))
 
@@ -172,16 +188,15 @@ def test_clips_are_projected_to_be_nonnegative():
 
 
 def test_warm_vectors_approach_the_converged_norm_over_steps():
-    chosen = method(optimizer=optax.sgd(0.0))
-    graphdef, state, data = data_and_state(chosen, 1)
+    graphdef, state, data = data_and_state(method(), 1)
+    state = with_rate(state, 0.0)
     network = reading.from_flax(nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf[0], state.params)), SHAPE)
     x = jnp.asarray(data.images[0], jnp.float32) / 255
     norm = bounds.Estimate(jax.random.key(5), tol=1e-6)
-    converged = jax.jit(jax.vmap(lambda one: bounds.propagate(network, regions.l2_ball(one, 0.3), norm).lipschitz))
+    converged = oracles.jit(jax.vmap(lambda one: bounds.propagate(network, regions.l2_ball(one, 0.3), norm).lipschitz))
     exact = np.asarray(converged(x))
-    step = training.mapped(training.train_step, chosen, graphdef)
     for _ in range(30):
-        state, metrics = step(state, data, full_batch(1))
+        state, metrics = step_of(method())(state, data, full_batch(1))
     assert metrics["local_lipschitz"][0] == pytest.approx(exact.mean(), rel=0.02)
     assert metrics["local_lipschitz"][0] <= exact.mean() * (1 + 2e-3)
 
@@ -191,24 +206,21 @@ import sys
 sys.path.insert(0, sys.argv[1])
 import jax, numpy as np
 import test_training
-state, metrics = test_training.one_step(test_training.method(), jax.local_device_count())
-np.savez(sys.argv[2], count=jax.local_device_count(), loss=metrics["loss"][0], *test_training.params_of(state))
+assert jax.local_device_count() == 4
+state, metrics = test_training.one_step(4)
+np.savez(sys.argv[2], metrics["loss"][0], *test_training.params_of(state))
 """
 
 
 def test_gradients_on_four_devices_equal_those_on_one(tmp_path):
-    results = []
-    for count in (1, 4):
-        path = tmp_path / f"{count}.npz"
-        flags = f"--xla_force_host_platform_device_count={count}"
-        environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
-        arguments = [sys.executable, "-c", DEVICES_SCRIPT, str(pathlib.Path(__file__).parent), str(path)]
-        subprocess.run(arguments, env=environment, check=True, timeout=300)
-        results.append(np.load(path))
-    assert [int(result["count"]) for result in results] == [1, 4]
-    for name in results[0].files:
-        if name != "count":
-            np.testing.assert_allclose(results[0][name], results[1][name], atol=2e-6)
+    path = tmp_path / "four.npz"
+    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+    arguments = [sys.executable, "-c", DEVICES_SCRIPT, str(pathlib.Path(__file__).parent), str(path)]
+    subprocess.run(arguments, env=environment, check=True, timeout=300)
+    state, metrics = one_step(1)
+    with np.load(path) as four:
+        for one, name in zip([metrics["loss"][0], *params_of(state)], four.files, strict=True):
+            np.testing.assert_allclose(one, four[name], atol=2e-6)
 
 
 def test_batches_cover_every_example_once_with_one_shape():

@@ -15,7 +15,6 @@ The numbers are those of the paper's Table 3. The authors' code differs from it;
 - it certifies at 0.141 in place of 36/255, and keeps the epoch with the lowest TEST error. Ours takes 5,000 images
   out of training and keeps the epoch that is best on them; --config.data.validation=0 trains on all and keeps the
   last epoch.
-- its stored vectors belong to another random crop or flip of the image; ours are kept in the frame of the image itself.
 - it back-propagates through all power iterations; ours holds the singular vectors constant.
 """
 

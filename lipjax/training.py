@@ -95,12 +95,10 @@ def train_step(
     eps, kappa = method.eps(state.step), method.kappa(state.step)
     stored = tuple(_gather(vectors, batch.index) for vectors in state.vectors)
     key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
-    size = x.shape[1]
     if method.crop_padding:
+        # The stored vectors are left as they are: moving them with the image gains nothing (benchmarks/frames.py).
         own_key = jax.random.fold_in(jax.random.fold_in(key, 0), lax.axis_index(AXIS))
-        frame = augmentation.draw(own_key, len(x), method.crop_padding)
-        x = augmentation.moved(x, frame, method.crop_padding)
-        stored = tuple(augmentation.into_frame(vectors, frame, size) for vectors in stored)
+        x = augmentation.crops_and_flips(own_key, x, method.crop_padding)
     share = batch.weight / lax.psum(jnp.sum(batch.weight), AXIS)
 
     def objective(params: Any) -> tuple[Array, tuple]:
@@ -109,8 +107,6 @@ def train_step(
         return jnp.sum(share * result[0]), result
 
     gradient, (loss, metrics, vectors, global_vectors) = jax.grad(objective, has_aux=True)(state.params)
-    if method.crop_padding:
-        vectors = tuple(augmentation.out_of_frame(vector, frame, size) for vector in vectors)
     gradient = lax.psum(gradient, AXIS)
     updates, opt_state = method.optimizer.update(gradient, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)

@@ -1,74 +1,36 @@
-"""Random crops and flips against loops in NumPy; stored vectors in the frame of the images."""
+"""Random crops and flips against slices in NumPy."""
+
+import collections
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
-from lipjax import augmentation, convolution, spectral
-from lipjax.bounds import linear_map
+from lipjax import augmentation
 
-PADDING = 4
+PADDING, SHAPE = 2, (6, 7, 2)
 
 
-def one_frame(down, right, flipped):
-    return augmentation.Frame(jnp.array([down]), jnp.array([right]), jnp.array([flipped]))
-
-
-@pytest.mark.parametrize(("down", "right", "flipped"), [(0, 0, False), (4, -4, False), (-3, 1, True), (0, 0, True)])
-def test_an_image_is_a_crop_of_itself_padded_by_zeros(down, right, flipped):
-    image = np.random.default_rng(0).uniform(size=(6, 7, 2)).astype(np.float32)
+def test_every_shift_and_both_flips_come_equally_often_and_nothing_else():
+    image, count = np.random.default_rng(0).uniform(size=SHAPE).astype(np.float32), 10_000
     padded = np.pad(image, ((PADDING, PADDING), (PADDING, PADDING), (0, 0)))
-    crop = padded[PADDING - down : PADDING - down + 6, PADDING - right : PADDING - right + 7]
-    expected = crop[:, ::-1] if flipped else crop
-    found = augmentation.moved(jnp.asarray(image)[None], one_frame(down, right, flipped), PADDING)
-    np.testing.assert_array_equal(found[0], expected)
+    allowed = {}
+    for down in range(2 * PADDING + 1):
+        for right in range(2 * PADDING + 1):
+            crop = padded[down : down + SHAPE[0], right : right + SHAPE[1]]
+            allowed[crop.tobytes()] = down, right, False
+            allowed[crop[:, ::-1].tobytes()] = down, right, True
+    images = jnp.broadcast_to(image, (count, *SHAPE))
+    found = np.asarray(jax.jit(augmentation.crops_and_flips, static_argnums=2)(jax.random.key(0), images, PADDING))
+    counts = collections.Counter(allowed[crop.tobytes()] for crop in found)
+    assert len(counts) == len(allowed) == 2 * (2 * PADDING + 1) ** 2
+    expected = count / len(allowed)  # 200: six standard deviations are 84
+    assert all(abs(number - expected) < 84 for number in counts.values())
 
 
-def test_frames_take_every_shift_and_both_flips_equally_often():
-    frame = augmentation.draw(jax.random.key(0), 9000, PADDING)
-    for shift in (frame.down, frame.right):
-        places, counts = np.unique(np.asarray(shift), return_counts=True)
-        assert places.tolist() == list(range(-PADDING, PADDING + 1))
-        assert np.all(np.abs(counts - 1000) < 150)
-    assert abs(float(jnp.mean(frame.flipped)) - 0.5) < 0.03
-    assert abs(np.corrcoef(np.asarray(frame.down), np.asarray(frame.right))[0, 1]) < 0.05
-
-
-@pytest.mark.parametrize("shape", [(32, 32, 3), (16, 16, 4), (8, 8, 2), (12,)])
-def test_vectors_come_back_from_a_frame_as_they_were(shape):
-    vectors = jax.random.normal(jax.random.key(1), (50, *shape)).astype(jnp.bfloat16)
-    frame = augmentation.draw(jax.random.key(2), 50, PADDING)
-    there = augmentation.into_frame(vectors, frame, 32)
-    np.testing.assert_array_equal(augmentation.out_of_frame(there, frame, 32), vectors)
-    if len(shape) == 3:
-        assert not np.array_equal(there, vectors)
-    else:
-        np.testing.assert_array_equal(there, vectors)
-
-
-def test_the_vector_of_a_masked_layer_in_its_frame_fits_the_moved_mask():
-    """What is live moves with the image, and with it the top singular vector: a stored one is a good start again."""
-    rng, size = np.random.default_rng(3), 16
-    layer = convolution(
-        jnp.asarray(rng.standard_normal((4, 4, 1, 4)), jnp.float32),
-        jnp.zeros(4),
-        (size, size, 1),
-        (2, 2),
-        ((1, 1),) * 2,
-    )
-    live = np.zeros((size, size, 1), bool)
-    live[6:10, 5:9] = True  # far from the borders
-    frame = one_frame(4, -2, False)
-
-    def sigma_and_vector(live, start, num_iters):
-        masked = linear_map(layer).masked(jnp.ones((8, 8, 4), bool), jnp.asarray(live))
-        return spectral.power_iteration(masked.from_smaller_side(), start, num_iters)
-
-    oriented = linear_map(layer).from_smaller_side()
-    start = jnp.asarray(rng.standard_normal(oriented.in_shape), jnp.float32)
-    sigma, vector = sigma_and_vector(live, start, 2000)
-    moved_live = np.asarray(augmentation.moved(jnp.asarray(live, jnp.float32)[None], frame, PADDING))[0] > 0
-    carried = augmentation.into_frame(vector[None], frame, size)[0]
-    np.testing.assert_allclose(sigma_and_vector(moved_live, carried, 1)[0], sigma, rtol=1e-4)
-    assert float(sigma_and_vector(moved_live, vector, 1)[0]) < 0.95 * float(sigma)  # as it was, it does not fit
+def test_images_of_one_batch_are_not_mixed_and_another_key_moves_them_otherwise():
+    images = jnp.stack([jnp.full(SHAPE, float(k + 1)) for k in range(50)])
+    one, other = (np.asarray(augmentation.crops_and_flips(jax.random.key(k), images, PADDING)) for k in (1, 2))
+    for k in range(50):
+        assert set(np.unique(one[k])) <= {0.0, k + 1.0}
+    assert not np.array_equal(one, other)

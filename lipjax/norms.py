@@ -132,11 +132,13 @@ class Lanczos:
         gap, products, step = np.full(count, np.nan), np.zeros(count, int), 0
         asked = unfinished = _masked(rows, columns, ceiling, among)
         if asked.size:
-            process = _lanczos_start(layer, rows, columns, keys, place, self.max_steps)
+            process = _lanczos_not_begun(count, length, self.max_steps)
         while unfinished.size and step < self.max_steps:
             end = min(step + (lanczos.MORE_STEPS if step else lanczos.FIRST_STEPS), self.max_steps)
             for part in parts(unfinished, min(self.batch_size, count), count):
-                process, found = _lanczos_advance(layer, rows, columns, part, process, step, first=step == 0)
+                process, found = _lanczos_advance(
+                    layer, rows, columns, keys, place, part, process, step, first=step == 0
+                )
                 real = part[part < count]
                 below, above = (np.asarray(bound)[: len(real)] for bound in _enclosures(found, end, t_delta))
                 lower[real], upper[real] = np.maximum(lower[real], below), np.minimum(upper[real], above)
@@ -277,14 +279,9 @@ def _power_advance(
     )
 
 
-@functools.partial(jax.jit, static_argnames="max_steps")
-def _lanczos_start(
-    layer: Affine, rows: Array, columns: Array, keys: Array, place: int, max_steps: int
-) -> lanczos.Process:
-    def one(rows: Array, columns: Array, key: Array) -> Array:
-        return _start(key, place, _oriented(layer, rows, columns)).ravel()
-
-    return lanczos.begin(jax.vmap(one)(rows, columns, keys), max_steps=max_steps)
+@functools.partial(jax.jit, static_argnames=("count", "length", "max_steps"))
+def _lanczos_not_begun(count: int, length: int, max_steps: int) -> lanczos.Process:
+    return lanczos.begin(jnp.zeros((count, length), jnp.float64), max_steps=max_steps)
 
 
 @functools.partial(jax.jit, static_argnames="first", donate_argnames="process")
@@ -292,24 +289,37 @@ def _lanczos_advance(
     layer: Affine,
     rows: Array,
     columns: Array,
+    keys: Array,
+    place: int,
     part: Array,
     process: lanczos.Process,
     step: int,
     *,
     first: bool,
 ) -> tuple[lanczos.Process, lanczos.Tridiagonal]:
-    """Some steps more for the examples ``part`` of the cohort: the processes of all, and what those have found."""
+    """Some steps more for the examples ``part`` of the cohort, from their starts if they are the first.
+
+    Returns:
+        ``(process, matrix)``: the processes of all, and what those of ``part`` have found.
+    """
     rows, columns = rows[part], columns[part]
 
     def one(rows: Array, columns: Array, u: Array) -> Array:
         oriented = _oriented(layer, rows, columns)
         return oriented.rmatvec(oriented.matvec(u.reshape(oriented.in_shape))).ravel()
 
+    def start(rows: Array, columns: Array, key: Array) -> Array:
+        return _start(key, place, _oriented(layer, rows, columns)).ravel()
+
     def gram(u: Array) -> Array:
         return jax.vmap(one)(rows, columns, u)
 
-    some = jax.tree.map(lambda leaf: leaf[part], process)
-    advanced = lanczos.first_steps(gram, some) if first else lanczos.more_steps(gram, some, step)
+    if first:
+        starts = jax.vmap(start)(rows, columns, keys[part])
+        begun = lanczos.begin(starts, max_steps=process.matrix.diagonal.shape[1])
+        advanced = lanczos.first_steps(gram, begun)
+    else:
+        advanced = lanczos.more_steps(gram, jax.tree.map(lambda leaf: leaf[part], process), step)
     return jax.tree.map(lambda leaf, new: leaf.at[part].set(new, mode="drop"), process, advanced), advanced.matrix
 
 

@@ -1,5 +1,7 @@
 """The one convolution and its transpose, against dense matrices and against JAX's own."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,9 @@ import pytest
 from jax import lax
 
 from lipjax import convolutions
-from lipjax.convolutions import conv, conv_transpose, transpose_kernel
+from lipjax.convolutions import conv_transpose, transpose_kernel
+
+conv = jax.jit(convolutions.conv, static_argnums=(2, 3))
 
 # (H, W, C), (kh, kw), channels, stride, padding
 CASES = [
@@ -27,9 +31,14 @@ CASES = [
 IDS = [f"{x[0]}x{x[1]} k{k[0]}x{k[1]} s{s[0]}x{s[1]} p{p}" for x, k, _, s, p in CASES]
 
 
+@functools.partial(jax.jit, static_argnums=(2, 3))
 def plain(x, kernel, stride, padding):
     numbers = ("NHWC", "HWIO", "NHWC")
     return lax.conv_general_dilated(x[None], kernel, stride, padding, dimension_numbers=numbers)[0]
+
+
+def transposed(y, kernel, stride, padding, shape):
+    return oracles.jit(lambda y, k: conv_transpose(y, transpose_kernel(k, stride), stride, padding, shape))(y, kernel)
 
 
 def sample(case, seed=0):
@@ -62,7 +71,7 @@ def test_float64_transposes_are_the_transposed_matrix_either_way(case, few, monk
     with jax.enable_x64(True):
         x, kernel, y, stride, padding, matrix = sample(case)
         y, kernel = y.astype(jnp.float64), kernel.astype(jnp.float64)
-        back = conv_transpose(y, transpose_kernel(kernel, stride), stride, padding, x.shape)
+        back = transposed(y, kernel, stride, padding, x.shape)
         assert back.dtype == jnp.float64
         close(back.ravel(), matrix.T @ np.asarray(y).ravel(), 1e-13)
 
@@ -70,7 +79,7 @@ def test_float64_transposes_are_the_transposed_matrix_either_way(case, few, monk
 @pytest.mark.parametrize("case", CASES, ids=IDS)
 def test_conv_transpose_is_the_transposed_matrix(case):
     x, kernel, y, stride, padding, matrix = sample(case)
-    back = conv_transpose(y, transpose_kernel(kernel, stride), stride, padding, x.shape)
+    back = transposed(y, kernel, stride, padding, x.shape)
     assert back.shape == x.shape
     close(back.ravel(), matrix.T @ np.asarray(y, np.float64).ravel())
     expected = jax.linear_transpose(lambda x: plain(x, kernel, stride, padding), x)(y)[0]
@@ -81,7 +90,7 @@ def test_conv_transpose_is_the_transposed_matrix(case):
 def test_transpose_identity(case):
     x, kernel, y, stride, padding, _ = sample(case, seed=1)
     forward = jnp.vdot(conv(x, kernel, stride, padding), y)
-    back = jnp.vdot(x, conv_transpose(y, transpose_kernel(kernel, stride), stride, padding, x.shape))
+    back = jnp.vdot(x, transposed(y, kernel, stride, padding, x.shape))
     assert forward == pytest.approx(float(back), rel=1e-4, abs=1e-4)
 
 
@@ -111,7 +120,9 @@ def test_gradients_under_vmap_with_shared_and_with_own_kernels(case):
         return jax.grad(lambda x, k: jnp.vdot(convolve(x, k, stride, padding) ** 2, y), (0, 1))(x, kernel)
 
     for axis, weights in ((None, kernel), (0, kernels)):
-        ours, theirs = (jax.vmap(lambda x, k, f=f: gradients(f, x, k), (0, axis))(xs, weights) for f in (conv, plain))
+        ours, theirs = (
+            jax.jit(jax.vmap(lambda x, k, f=f: gradients(f, x, k), (0, axis)))(xs, weights) for f in (conv, plain)
+        )
         jax.tree.map(lambda a, b: close(a, np.asarray(b)), ours, theirs)
 
 

@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import oracles
 import pytest
 from flax import nnx
 
@@ -29,9 +30,17 @@ def linear(inputs, outputs, **options):
 
 
 def assert_same(model, shape):
-    x = jnp.asarray(RNG.standard_normal((3, *shape)), jnp.float32)
-    network = from_flax(model, shape)
-    np.testing.assert_allclose(network(x), model(x), rtol=1e-5, atol=2e-5)
+    x = RNG.standard_normal((3, *shape)).astype(np.float32)
+    graphdef, state = nnx.split(model)
+
+    @oracles.jit
+    def both(state, x):
+        model = nnx.merge(graphdef, state)
+        network = from_flax(model, shape)
+        return network, network(x), model(x)
+
+    network, ours, theirs = both(state, x)
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=2e-5)
     assert network.input_shape == shape
     return network
 

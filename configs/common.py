@@ -58,6 +58,13 @@ def base(method: str | None, default: str = "local_gloro") -> ConfigDict:
     return config
 
 
+def add_sparsity(config: ConfigDict, weight: float, weight_theta: float) -> None:
+    """The sparsity loss: of the methods with local norms, whose bounds it tightens; the others are as published."""
+    if config.method.norms == "local":
+        config.sparsity.weight = weight
+        config.sparsity.weight_theta = weight_theta
+
+
 def cifar10(method: str | None) -> ConfigDict:
     """What the runs on CIFAR-10 share."""
     config = base(method, default="local_bcp")

@@ -22,6 +22,5 @@ def get_config(method=None):
     config.model.architecture = "8c2f"
     config.model.activation = "clipped_relu"
     config.model.theta = 1.0
-    config.sparsity.weight = 0.01
-    config.sparsity.weight_theta = 0.1
+    common.add_sparsity(config, weight=0.01, weight_theta=0.1)
     return config

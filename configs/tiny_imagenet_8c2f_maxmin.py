@@ -19,6 +19,5 @@ def get_config(method=None):
     config.model.lower_clip = (-0.8, -1.0, -1.4, -1.4, -1.4, -1.6, -2.0, -3.0, -1.6)
     config.schedule.learning_rate = 1e-4
     config.power_iteration.num_iters = 3
-    config.sparsity.weight = 0.01
-    config.sparsity.weight_theta = 1.0
+    common.add_sparsity(config, weight=0.01, weight_theta=1.0)
     return config

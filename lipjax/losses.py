@@ -36,7 +36,8 @@ def gloro(logits: Array, worst: Array, label: Array) -> Array:
         Scalar. Below log 2 only where the example is certified.
 
     Reference:
-        [GloRo] section 3; [H21] section 4 (Local-Lip-G).
+        [H21] section 4 (Local-Lip-G). [GloRo] section 3 takes the rivals of the predicted class where this takes those
+        of the label, as the worst logits of [H21] do; the two are the same wherever the prediction is right.
     """
     rivals = jnp.arange(logits.shape[0]) != label
     bottom = jnp.max(jnp.where(rivals, worst, -jnp.inf))

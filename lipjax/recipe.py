@@ -7,7 +7,7 @@ from typing import Any
 
 from flax import nnx
 
-from lipjax import data, losses, margins, methods, models, schedules, training
+from lipjax import data, losses, margins, methods, models, schedules, settings, training
 from lipjax.checkpoints import Checkpoints, unflat
 from lipjax.errors import InputError
 from lipjax.methods import Method
@@ -75,7 +75,7 @@ def objective_of(config: Config) -> methods.Objective:
     return methods.Bounded(
         iterations,
         local=method.norms == "local",
-        box=method.norms == "local" or method.margins == "box_and_ball",
+        box=settings.has_box(method),
         ball=method.norms != "none",
         margins=MARGINS[method.margins],
         head_norm=method.margins == "lipschitz_margin",

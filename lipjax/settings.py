@@ -88,6 +88,11 @@ def check(config: Config) -> None:
     _one_of("method.margins", config.method.margins, MARGINS)
     _one_of("method.loss", config.method.loss, LOSSES)
     _check_method(config.method)
+    if config.sparsity.weight and not has_box(config.method):
+        raise InputError(
+            f"--config.sparsity.weight={config.sparsity.weight} needs bounds of each neuron, which method "
+            f"{config.method.name} does not have; give 0, or a method with local norms or margins=box_and_ball"
+        )
     _one_of("power_iteration.start", config.power_iteration.start, STARTS)
     _check_layers(config)
     for key, least in (
@@ -117,6 +122,11 @@ def check(config: Config) -> None:
             f"--config.schedule.ramp={schedule.ramp} ends before the warm-up does (schedule.warmup={schedule.warmup}); "
             "give a fraction of the run between it and 1"
         )
+
+
+def has_box(method: Config) -> bool:
+    """Whether a method of a config bounds each neuron."""
+    return method.norms == "local" or method.margins == "box_and_ball"
 
 
 def check_same(config: Config, before: Config) -> None:

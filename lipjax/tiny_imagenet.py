@@ -5,6 +5,7 @@ Importing this module imports tensorflow-datasets; :mod:`lipjax.data` does so on
 
 from __future__ import annotations
 
+import collections
 import io
 import pathlib
 import zipfile
@@ -78,12 +79,6 @@ class Archive:
             images = sorted(name for name in self.names if name.startswith(folder) and name.endswith(".JPEG"))
             counts[wnid] = len(images)
             self.train += [(name, label) for name in images]
-        few = min(counts, key=lambda wnid: counts[wnid])
-        if counts[few] < max(counts.values()):
-            raise InputError(
-                f"{path} is not whole: class {few} has {counts[few]} training images, others {max(counts.values())}; "
-                "download it again"
-            )
         self.validation = []
         for line in self._read("val/val_annotations.txt").decode().splitlines():
             name, wnid = line.split("\t")[:2]
@@ -91,6 +86,9 @@ class Archive:
             if inside not in self.names or wnid not in counts:
                 raise InputError(f"{path} is not whole: {inside} of class {wnid} is missing; download it again")
             self.validation.append((inside, classes.index(wnid)))
+        _check_equal(path, "training", counts)
+        found = collections.Counter(label for _, label in self.validation)
+        _check_equal(path, "validation", {wnid: found[label] for label, wnid in enumerate(classes)})
         if not self.train or not self.validation:
             raise InputError(f"{path} holds no images; download it again")
 
@@ -112,6 +110,15 @@ class Archive:
             return self.file.read(name)
         except (OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
             raise InputError(f"{self.path} is broken: {name}: {error}; download it again") from error
+
+
+def _check_equal(path: pathlib.Path, part: str, counts: dict[str, int]) -> None:
+    """Raises InputError unless all classes have as many images."""
+    few, most = min(counts, key=lambda wnid: counts[wnid]), max(counts.values())
+    if counts[few] < most:
+        raise InputError(
+            f"{path} is not whole: class {few} has {counts[few]} {part} images, others {most}; download it again"
+        )
 
 
 def _colored(encoded: bytes, name: str, path: pathlib.Path) -> bytes:

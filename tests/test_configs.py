@@ -7,11 +7,15 @@ Shrunk to 8x8 images and a small network. The suite runs some pairs; all of them
 import json
 import pathlib
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+import oracles
 import pytest
 
 from configs import common
-from lipjax import certification, data, models, reports, runs, settings
+from lipjax import certification, data, models, recipe, reports, runs, settings, training
+from lipjax.errors import InputError
 
 FOLDER = pathlib.Path(__file__).parents[1] / "configs"
 CONFIGS = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem not in ("common", "__init__"))
@@ -82,6 +86,25 @@ def test_a_config_trains_resumes_and_certifies(name, method, tmp_path, monkeypat
 @pytest.mark.parametrize(("name", "method"), PAIRS)
 def test_every_config_has_every_method(name, method, tmp_path, monkeypatch):
     check(name, method, tmp_path / "run", monkeypatch, interrupted=True)
+
+
+@pytest.mark.parametrize("method", common.METHODS)
+def test_a_config_with_sparsity_can_take_a_step_with_every_method(method):
+    config = settings.parse([f"--config={FOLDER / 'tiny_imagenet_8c2f.py'}:{method}"])
+    assert config.sparsity.weight == (0.01 if method.startswith("local") else 0)
+    objective, mlp = recipe.objective_of(config), oracles.network_of((8,), [6, 6], "clipped", seed=0)
+    vectors = jax.eval_shape(training.initial_vectors, objective.layers(mlp), jax.random.key(0))
+    kept = tuple(
+        jax.ShapeDtypeStruct((2, *vectors[place].shape), vectors[place].dtype) for place in objective.kept(mlp)
+    )
+    x, label = jnp.zeros((2, 8)), jnp.zeros(2, jnp.int32)
+    loss, *_ = jax.eval_shape(objective, mlp, x, label, 0.1, 0.5, kept, vectors, jax.random.key(0))
+    assert loss.shape == (2,)
+
+
+def test_the_sparsity_loss_is_refused_without_bounds_of_neurons():
+    with pytest.raises(InputError, match=r"sparsity.weight=0.1 needs bounds of each neuron, which method gloro"):
+        settings.parse([f"--config={FOLDER / 'digits.py'}:gloro", "--config.sparsity.weight=0.1"])
 
 
 @pytest.mark.parametrize("name", CONFIGS)

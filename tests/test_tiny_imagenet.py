@@ -29,13 +29,13 @@ RGB, GREY = jpeg(1), jpeg(2, "L")
 
 
 def entries():
-    """Names and contents of a small archive: two training images of each class, the first ones grey, and 3 others."""
+    """Names and contents of a small archive: two training images of each class, the first ones grey, and one other."""
     files = {"wnids.txt": "\n".join(WNIDS).encode()}
     for wnid in WNIDS:
         files |= {f"train/{wnid}/images/{wnid}_{k}.JPEG": (GREY, RGB)[k] for k in range(2)}
         files[f"train/{wnid}/{wnid}_boxes.txt"] = b"not an image"
-    annotations = [f"val_{k}.JPEG\t{wnid}\t0\t0\t63\t63" for k, wnid in enumerate(WNIDS[:3])]
-    files |= {f"val/images/val_{k}.JPEG": RGB for k in range(3)}
+    annotations = [f"val_{k}.JPEG\t{wnid}\t0\t0\t63\t63" for k, wnid in enumerate(WNIDS)]
+    files |= {f"val/images/val_{k}.JPEG": RGB for k in range(200)}
     return files | {"val/val_annotations.txt": "\n".join(annotations).encode()}
 
 
@@ -59,7 +59,7 @@ def test_a_prepared_archive_has_its_images_and_labels_and_needs_no_tensorflow(tm
     assert train.images.shape == (400, 64, 64, 3)
     assert train.num_classes == 200
     assert np.bincount(train.labels).tolist() == [2] * 200
-    assert sorted(test.labels) == sorted(sorted(WNIDS).index(wnid) for wnid in WNIDS[:3])
+    assert sorted(test.labels) == list(range(200))
     kinds = {image.tobytes() for image in train.images}
     assert kinds == {decoded(RGB).tobytes(), decoded(GREY).tobytes()}
     assert all(np.array_equal(image, decoded(RGB)) for image in test.images)
@@ -86,6 +86,10 @@ FIRST = f"train/{WNIDS[7]}/images/{WNIDS[7]}_1.JPEG"
         (without("val/val_annotations.txt"), "it has no tiny-imagenet-200/val/val_annotations.txt"),
         (without(FIRST), f"class {WNIDS[7]} has 1 training images, others 2"),
         (without("val/images/val_2.JPEG"), "val_2.JPEG of class .* is missing"),
+        (
+            entries() | {"val/val_annotations.txt": entries()["val/val_annotations.txt"].rsplit(b"\n", 1)[0]},
+            f"class {WNIDS[-1]} has 0 validation images, others 1",
+        ),
         (entries() | {"wnids.txt": b"n00000001"}, "wnids.txt names 1 classes, not 200"),
     ],
 )

@@ -74,6 +74,7 @@ def certify(
     summary = {
         "dataset": config.data.name if file is None else file.name,
         "split": split if file is None else "file",
+        "split_size": len(dataset),
         **found.summary,
         "checkpoint": facts["checkpoint"],
         "checkpoint_step": facts["step"],

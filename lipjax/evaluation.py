@@ -187,6 +187,7 @@ def _local_figures(lipschitz: np.ndarray, whole: float, live: np.ndarray, produc
         "mean_local_to_global_ratio": float((lipschitz / whole).mean()) if whole > 0 else 1.0,
         "live_share": live.mean(axis=0).tolist(),
         "products_per_norm": products.mean(axis=0).tolist(),
+        "iterated_share": (products > 0).mean(axis=0).tolist(),  # the others are norms of whole layers, at no cost
     }
 
 

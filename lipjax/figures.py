@@ -120,7 +120,8 @@ def _plot_live(folder: pathlib.Path, found: Evaluation) -> str:
 
 def _plot_products(folder: pathlib.Path, found: Evaluation) -> str:
     figure, panel = _panel("block", "products with W or its transpose")
-    panel.boxplot(np.maximum(found.products, 1), whis=(0, 100))
+    iterated = [column[column > 0] for column in found.products.T]  # the others are norms of whole layers
+    panel.boxplot(iterated, whis=(0, 100))
     panel.set_yscale("log")
     for iterations, name in ((PAPER_DENSE, "dense"), *((n, "convolutions") for n in PAPER_CONVOLUTIONS)):
         panel.axhline(2 * iterations, linestyle="--", linewidth=0.8, color="gray")

@@ -63,12 +63,14 @@ class Table:
         quantities: what each row gives.
         rows: its lines.
         seeds: runs per cell.
+        sample: level of the norms that means over images are of, if it has any.
     """
 
     title: str
     quantities: tuple[str, ...]
     rows: tuple[Row, ...]
     seeds: int = 1
+    sample: str | None = None
 
 
 NETWORKS = {
@@ -239,6 +241,7 @@ TABLES = {
             Row("", "BCP", (11.35, 11.08, 65.7, 60.8, 51.3), Cell("cifar10_6c2f", "bcp")),
             Row("", "Local-Lip-B", (7.89, 6.68, 70.7, 64.8, 54.3), Cell("cifar10_6c2f", "local_bcp")),
         ),
+        sample="probabilistic",
     ),
     "table6": Table("Table 6: sparsity loss, Tiny-ImageNet 8C2F", ACCURACIES, _sparsity()),
     "table7": Table("Table 7: seconds per epoch (paper: one V100, Tiny-ImageNet four)", ("seconds",), _seconds()),
@@ -265,5 +268,7 @@ FIGURES = {
     "figure6": "Share of varying neurons during training",
     "figure7": "Norms of the layers during training",
 }
+# Levels of the norms of figures about single images.
+FIGURE_SAMPLES = {"figure3": "probabilistic", "figure4": "estimate", "figure5": "estimate"}
 # Power iterations to ||u_{t+1} - u_t|| <= 1e-3, 6C2F: means of the layers before the last one, in order.
 ITERATIONS_TO_CONVERGENCE = (580, 355, 762, 928, 797, 788, 137)

@@ -16,6 +16,8 @@ from lipjax import certification, figures, published, reports, runs, settings
 from lipjax.errors import InputError
 from lipjax.published import Cell, Row, Table
 
+SAMPLE = 1000  # images
+
 
 @dataclasses.dataclass(frozen=True)
 class Options:
@@ -46,28 +48,30 @@ class Measured:
 
     Attributes:
         folder: of the run.
-        summary: of its certification.
         rows: its log.
-        config: its config.
+        summary: of its certification.
+        sample: of the certification of some images with norms of their own for every one; see :func:`_sample`.
     """
 
     folder: pathlib.Path
-    summary: dict[str, Any]
     rows: list[dict[str, Any]]
-    config: settings.Config
+    summary: dict[str, Any]
+    sample: dict[str, Any]
 
-    def value(self, quantity: str) -> float | None:
+    def value(self, quantity: str) -> float:
         """A quantity of a table, in the units that the paper prints."""
         if quantity == "seconds":
-            return statistics.median(row["seconds"] for row in self.rows)
+            later = self.rows[1:] or self.rows  # the first epoch compiles
+            return statistics.median(row["training_seconds"] for row in later)
+        if quantity == "local Lipschitz bound":
+            return self.sample["mean_local_lipschitz"]
         key, factor = {
             "clean": ("clean_accuracy", 100),
             "PGD": ("pgd_accuracy", 100),
             "certified": ("certified_accuracy", 100),
             "global Lipschitz bound": ("global_lipschitz", 1),
-            "local Lipschitz bound": ("mean_local_lipschitz", 1),
         }[quantity]
-        return factor * self.summary[key] if key in self.summary else None
+        return factor * self.summary[key]
 
 
 def table(name: str, options: Options) -> pathlib.Path:
@@ -85,7 +89,7 @@ def table(name: str, options: Options) -> pathlib.Path:
     for row in chosen.rows:
         for seed in range(seeds) if row.cell else ():
             if row.cell and fnmatch.fnmatch(row.cell.name, options.only):
-                _finish(row.cell, seed, options, problems)
+                _finish(row.cell, seed, options, problems, chosen.sample)
                 path = _write(name, chosen, options, seeds, problems)
     return path
 
@@ -99,10 +103,11 @@ def figure(name: str, options: Options) -> pathlib.Path:
     title = _named(name, published.FIGURES)
     needed = published.FIGURE_CELLS if name == "figure2" else {"Local-Lip-B": published.FIGURE_CELLS["Local-Lip-B"]}
     found = {}
+    sample = published.FIGURE_SAMPLES.get(name)
     for label, cell in needed.items():
         problems: dict[str, str] = {}
-        _finish(cell, 0, options, problems)
-        measured = _measured(cell, 0, options)
+        _finish(cell, 0, options, problems, sample)
+        measured = _measured(cell, 0, options, sample)
         if measured is None:
             raise InputError(f"{name}: the run {cell.name} could not be made: {', '.join(problems.values())}")
         found[label] = measured
@@ -114,25 +119,19 @@ def figure(name: str, options: Options) -> pathlib.Path:
     elif name in ("figure6", "figure7"):
         figures.plot_layers(path, title, local.rows, "live" if name == "figure6" else "sigma")
     elif name == "figure3":
-        figures.plot_bars(path, title, {"ours": local.summary["live_share"]}, "share of varying neurons")
+        figures.plot_bars(path, title, {"ours": local.sample["live_share"]}, "share of varying neurons")
+    elif name == "figure4":
+        bars = {"ours": _iterations(local.sample), "paper, 6C2F": published.ITERATIONS_TO_CONVERGENCE}
+        figures.plot_bars(path, title, bars, "power iterations")
     else:
-        _plot_iterations(name, title, local, options)
+        shutil.copy(_sample_folder(local.folder, sample) / "report_products.png", path)
     return path
 
 
-def _plot_iterations(name: str, title: str, run: Measured, options: Options) -> None:
-    """Figures 4 and 5 are about power iteration: the run is certified again at level estimate."""
-    folder, path = run.folder / "estimate", options.workdir / f"{name}.png"
-    summary = _summary(folder)
-    if summary is None or "products_per_norm" not in summary:
-        limit = min(options.limit or 1000, 1000)
-        summary = certification.certify(run.folder, limit=limit, level="estimate", triage=False, output=folder)
-    if name == "figure5":
-        shutil.copy(folder / "report_products.png", path)
-        return
-    means = [products / 2 for products in summary["products_per_norm"]]
-    bars = {"ours": means, "paper, 6C2F": published.ITERATIONS_TO_CONVERGENCE}
-    figures.plot_bars(path, title, bars, "power iterations")
+def _iterations(sample: dict[str, Any]) -> list[float]:
+    """Mean iterations, two products each, of every layer over images whose norm was iterated; 0 where none was."""
+    pairs = zip(sample["products_per_norm"], sample["iterated_share"], strict=True)
+    return [products / share / 2 if share else 0.0 for products, share in pairs]
 
 
 def _named(name: str, known: dict[str, Any]) -> Any:
@@ -154,36 +153,66 @@ def _config(cell: Cell, seed: int, options: Options) -> settings.Config:
     return config
 
 
-def _finish(cell: Cell, seed: int, options: Options, problems: dict[str, str]) -> None:
-    """Train and certify a cell, or what is left of it; what cannot be used is printed and kept in ``problems``."""
+def _finish(cell: Cell, seed: int, options: Options, problems: dict[str, str], sample: str | None) -> None:
+    """Train and certify a cell, or what is left of it; what cannot be used is printed and kept in ``problems``.
+
+    ``sample`` is the level of the sample that is needed, if one is.
+    """
     folder = _folder(cell, seed, options)
-    if _measured(cell, seed, options) is not None:
+    if _measured(cell, seed, options, sample) is not None:
         return
     print(f"\n== {folder.name}", flush=True)
     try:
         runs.train(_config(cell, seed, options), folder, resume=True)
-        certification.certify(folder, limit=options.limit)
+        if _summary(_certified(folder), options.limit) is None:
+            certification.certify(folder, limit=options.limit, output=_certified(folder))
+        if sample and _summary(_sample_folder(folder, sample), _sample(options)) is None:
+            output = _sample_folder(folder, sample)
+            certification.certify(folder, limit=_sample(options), level=sample, triage=False, output=output)
     except InputError as error:
         problems[folder.name] = str(error)
         print(f"{folder.name}: {error}", file=sys.stderr, flush=True)
 
 
-def _measured(cell: Cell, seed: int, options: Options) -> Measured | None:
-    """The run of a cell, if it is finished at this scale and as many images are certified as are asked for."""
+def _measured(cell: Cell, seed: int, options: Options, sample: str | None) -> Measured | None:
+    """The run of a cell, if it has this config at this scale, is finished and certified as far as is asked for."""
     folder = _folder(cell, seed, options)
-    summary = _summary(folder)
-    if summary is None:
+    if not (folder / "config.json").exists():
         return None
-    config, rows = settings.load(folder), reports.read_rows(folder, before=sys.maxsize)
-    epochs = _config(cell, seed, options).schedule.epochs
-    enough = options.limit is None or summary["counts"]["examples"] >= options.limit
-    whole = len(rows) == config.schedule.epochs == epochs
-    return Measured(folder, summary, rows, config) if whole and enough else None
+    config = _config(cell, seed, options)
+    try:
+        settings.check_same(config, settings.load(folder))
+    except InputError:
+        return None
+    rows = reports.read_rows(folder, before=sys.maxsize)
+    summary = _summary(_certified(folder), options.limit)
+    extra = _summary(_sample_folder(folder, sample), _sample(options)) if sample else {}
+    if len(rows) < config.schedule.epochs or summary is None or extra is None:
+        return None
+    return Measured(folder, rows, summary, extra)
 
 
-def _summary(folder: pathlib.Path) -> dict[str, Any] | None:
+def _certified(folder: pathlib.Path) -> pathlib.Path:
+    """Where the certification of a cell lies: apart, so that certifying the run in other ways does not replace it."""
+    return folder / "certified"
+
+
+def _sample_folder(folder: pathlib.Path, level: str) -> pathlib.Path:
+    return folder / f"sample-{level}"
+
+
+def _sample(options: Options) -> int:
+    """How many images have norms of their own, whatever else decides them: means over images are theirs."""
+    return min(options.limit or SAMPLE, SAMPLE)
+
+
+def _summary(folder: pathlib.Path, limit: int | None) -> dict[str, Any] | None:
+    """What is in a folder, if it is about so many images, or about all there are."""
     path = folder / "summary.json"
-    return json.loads(path.read_text()) if path.exists() else None
+    found = json.loads(path.read_text()) if path.exists() else None
+    if found is None or found["counts"]["examples"] < min(limit or sys.maxsize, found["split_size"]):
+        return None
+    return found
 
 
 def _write(name: str, chosen: Table, options: Options, seeds: int, problems: dict[str, str]) -> pathlib.Path:
@@ -200,9 +229,11 @@ def _write(name: str, chosen: Table, options: Options, seeds: int, problems: dic
     text = [
         f"# {chosen.title}",
         "",
-        f"Accuracies in percent; {options.scale:g} of the paper's epochs. Our certificates are true bounds (level",
-        "probabilistic), the paper's rest on estimates from below. Empty: the paper has no such value, or it is not",
-        "known to us, or the run is not made.",
+        f"Accuracies in percent; {', '.join([f'{options.scale:g} of the epochs of the configs', *options.overrides])}.",
+        "Our certificates are true bounds (level probabilistic), those of the paper rest on estimates from below. We",
+        "certify every network in the same way, box and ball with global norms first and with local ones for what is",
+        "left; the paper certifies each with the bound of its own method. Local Lipschitz bounds are means over",
+        f"{_sample(options)} images. Empty: the paper has no such value, or we do not know it, or the run is not made.",
         "",
         *marks,
     ]
@@ -216,12 +247,13 @@ def _line(row: Row, chosen: Table, options: Options, seeds: int, problems: dict[
     if row.cell is None:
         remark = "method not in lipjax"
     else:
-        found = [one for seed in range(seeds) if (one := _measured(row.cell, seed, options)) is not None]
+        every = [_measured(row.cell, seed, options, chosen.sample) for seed in range(seeds)]
+        found = [one for one in every if one is not None]
         named = [problem for seed in range(seeds) if (problem := problems.get(_folder(row.cell, seed, options).name))]
         remark = named[0] if named else "" if len(found) == seeds else "not run" if not found else "seeds are missing"
     line = [row.setting, row.method]
     for place, quantity in enumerate(chosen.quantities):
-        values = [value for one in found if (value := one.value(quantity)) is not None]
+        values = [one.value(quantity) for one in found]
         theirs, ours = row.paper[place], statistics.mean(values) if values else None
         difference = "" if theirs is None or ours is None else f"{ours - theirs:+.4g}"
         spread = statistics.stdev(values) if len(values) > 1 else None

@@ -132,7 +132,8 @@ class Run:
         with tqdm(total=len(self.train), desc=name, unit=" images", disable=None, leave=False) as bar:
             batches = self.batches.shuffled(len(self.train), epoch)
             state, row = self._sweep(self.train_step, state, self.train_images, batches, bar)
-        row["images_per_second"] = round(len(self.train) / (time.perf_counter() - started), 1)
+        row["training_seconds"] = round(time.perf_counter() - started, 3)
+        row["images_per_second"] = round(len(self.train) / row["training_seconds"], 1)
         if len(self.validation):
             batches = self.batches.in_order(len(self.validation))
             state, found = self._sweep(self.validation_step, state, self.validation_images, batches, None)

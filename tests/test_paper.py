@@ -2,6 +2,7 @@
 
 import csv
 import functools
+import json
 import pathlib
 
 import pytest
@@ -64,7 +65,7 @@ def test_a_table_is_measured_once_and_says_what_is_missing(small, workdir, monke
     monkeypatch.setattr(
         runs, "train", lambda config, *a, **k: (trained.append(config.method.name), train(config, *a, **k))
     )
-    lines = lines_of(reproduction.table("table1", options(workdir)))
+    lines = shown = lines_of(reproduction.table("table1", options(workdir)))
     assert trained == ["gloro", "ibp"]
     assert lines["digits", "GloRo"]["clean, paper"] == "92.9 +- 0.1"
     assert lines["digits", "GloRo"]["remark"] == ""
@@ -73,6 +74,26 @@ def test_a_table_is_measured_once_and_says_what_is_missing(small, workdir, monke
     # More images or another scale are another measurement.
     lines = lines_of(reproduction.table("table1", options(workdir, limit=30, only="nothing")))
     assert lines["digits", "GloRo"]["seeds"] == ""
+    # So is another config; and what the user makes in the folder of a run is none.
+    changed = options(workdir, overrides=(*SMALL, "--config.schedule.learning_rate=0.01"), only="nothing")
+    assert lines_of(reproduction.table("table1", changed))["digits", "GloRo"]["seeds"] == ""
+    certification.certify(workdir / "digits-gloro-seed0", eps=0.01, limit=20)
+    again = lines_of(reproduction.table("table1", options(workdir, only="nothing")))
+    assert again["digits", "GloRo"] == shown["digits", "GloRo"]
+
+
+@pytest.mark.parametrize(
+    ("examples", "limit", "enough"), [(20, 20, True), (20, None, False), (20, 30, False), (360, 1000, True)]
+)
+def test_a_certification_counts_if_it_is_about_as_many_images_as_are_asked_for_or_all(
+    examples, limit, enough, tmp_path
+):
+    (tmp_path / "summary.json").write_text(json.dumps({"counts": {"examples": examples}, "split_size": 360}))
+    assert (reproduction._summary(tmp_path, limit) is not None) == enough
+
+
+def test_iterations_are_means_over_the_norms_that_were_iterated():
+    assert reproduction._iterations({"products_per_norm": [0.0, 10.0], "iterated_share": [0.0, 0.25]}) == [0.0, 20.0]
 
 
 def test_figures_are_drawn_from_the_logs(small, workdir):

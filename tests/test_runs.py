@@ -27,7 +27,7 @@ SHRUNK = [
     "--config.probe.max_iters=50",
     "--config.checkpoint.every=1",
 ]
-TIMINGS = ("seconds", "images_per_second")
+TIMINGS = ("seconds", "training_seconds", "images_per_second")
 
 
 def shrunk(method="local_gloro", *more):

@@ -233,7 +233,7 @@ def _write(name: str, chosen: Table, options: Options, seeds: int, problems: dic
         "Our certificates are true bounds (level probabilistic), those of the paper rest on estimates from below. We",
         "certify every network in the same way, box and ball with global norms first and with local ones for what is",
         "left; the paper certifies each with the bound of its own method. Local Lipschitz bounds are means over",
-        f"{_sample(options)} images. Empty: the paper has no such value, or we do not know it, or the run is not made.",
+        f"{_sample(options)} images. Unknown: the paper does not say, or we do not know. Empty: there is no run.",
         "",
         *marks,
     ]
@@ -257,7 +257,8 @@ def _line(row: Row, chosen: Table, options: Options, seeds: int, problems: dict[
         theirs, ours = row.paper[place], statistics.mean(values) if values else None
         difference = "" if theirs is None or ours is None else f"{ours - theirs:+.4g}"
         spread = statistics.stdev(values) if len(values) > 1 else None
-        line += [_number(theirs, row.deviation[place] if row.deviation else None), _number(ours, spread), difference]
+        paper = _number(theirs, row.deviation[place] if row.deviation else None) or "unknown"
+        line += [paper, _number(ours, spread), difference]
     if not found:
         return [*line, "", "", "", "", remark]
     one = found[0]

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-from lipjax import certification, published, reproduction, runs, settings
+from lipjax import certification, figures, published, reproduction, runs, settings
 from lipjax.errors import InputError
 from lipjax.norms import LEVELS
 
@@ -48,6 +48,7 @@ def train(parser: Parser, arguments: list[str]) -> None:
     name = pathlib.Path(options.config.split(":")[0]).stem
     workdir = options.workdir or runs.default_workdir(config, name)
     runs.train(config, workdir, resume=options.resume)
+    figures.plot_learning_curves(workdir)
     if config.certify.limit:
         certification.certify(workdir, limit=config.certify.limit)
     print(f"\nrun: {workdir}\nmore: python certify.py --workdir {workdir}")

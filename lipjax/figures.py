@@ -20,8 +20,8 @@ PAPER_DENSE, PAPER_CONVOLUTIONS = 137, (355, 928)
 SHOWN = 8  # images at each end
 
 
-def plot_learning_curves(workdir: pathlib.Path, path: pathlib.Path) -> None:
-    """Draw accuracies, Lipschitz constants, varying neurons and the gap of the norms against the epoch."""
+def plot_learning_curves(workdir: pathlib.Path) -> None:
+    """``learning_curves.png`` of a run: accuracies, Lipschitz constants, varying neurons and the gap of the norms."""
     rows = read_rows(workdir, before=sys.maxsize)
     epochs = [row["epoch"] for row in rows]
     figure = Figure(figsize=(11, 7), layout="constrained")
@@ -43,8 +43,9 @@ def plot_learning_curves(workdir: pathlib.Path, path: pathlib.Path) -> None:
                 panel.plot(epochs, [row[key] for row in rows], label=label, marker=".")
         panel.set(title=title, xlabel="epoch")
         panel.grid(alpha=0.3)
-        panel.legend(fontsize="small")
-    figure.savefig(path, dpi=120)
+        if panel.lines:  # methods without bounds log no shares
+            panel.legend(fontsize="small")
+    figure.savefig(workdir / "learning_curves.png", dpi=120)
 
 
 def write_report(folder: pathlib.Path, found: Evaluation, dataset: Dataset, summary: dict[str, Any]) -> None:

@@ -164,6 +164,7 @@ def _finish(cell: Cell, seed: int, options: Options, problems: dict[str, str], s
     print(f"\n== {folder.name}", flush=True)
     try:
         runs.train(_config(cell, seed, options), folder, resume=True)
+        figures.plot_learning_curves(folder)
         if _summary(_certified(folder), options.limit) is None:
             certification.certify(folder, limit=options.limit, output=_certified(folder))
         if sample and _summary(_sample_folder(folder, sample), _sample(options)) is None:

@@ -56,6 +56,7 @@ def test_a_table_is_measured_once_and_says_what_is_missing(small, workdir, monke
     assert float(standard["clean, difference"]) == pytest.approx(float(standard["clean, ours"]) - 99, abs=0.02)
     assert (standard["certified, paper"], standard["certified, difference"]) == ("unknown", "")
     assert (standard["epochs"], standard["seeds"], standard["test images"]) == ("2", "1", "20 of digits")
+    assert (workdir / "digits-standard-seed0" / "learning_curves.png").exists()
     assert lines["digits", "GloRo"]["remark"] == "not run"
     assert lines["digits", "CAP"]["remark"] == "method not in lipjax"
     assert "|digits|Standard|99|" in path.read_text()

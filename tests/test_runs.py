@@ -54,8 +54,9 @@ def rows_without_timings(workdir):
     return [{key: value for key, value in row.items() if key not in TIMINGS} for row in rows]
 
 
-def test_train_ends_with_the_table_and_the_path(finished):
+def test_train_ends_with_the_table_the_curves_and_the_path(finished):
     workdir, output = finished
+    assert (workdir / "learning_curves.png").read_bytes().startswith(b"\x89PNG")
     for word in ("clean", "PGD", "certified", "level probabilistic", "delta", str(workdir)):
         assert word in output
 

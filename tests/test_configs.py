@@ -86,6 +86,7 @@ def test_a_config_trains_resumes_and_certifies(name, method, tmp_path, monkeypat
 @pytest.mark.parametrize(("name", "method"), PAIRS)
 def test_every_config_has_every_method(name, method, tmp_path, monkeypatch):
     check(name, method, tmp_path / "run", monkeypatch, interrupted=True)
+    jax.clear_caches()  # a process with the programs of some forty runs crashes inside of jaxlib
 
 
 @pytest.mark.parametrize("method", common.METHODS)

@@ -1,7 +1,7 @@
 """Every config with every method: it trains, lowers its loss, goes on after a stop, and certifies.
 
 Shrunk to 8x8 images and a small network. The suite runs some pairs; all of them:
-``python -m pytest -n 2 tests/test_configs.py -m matrix``.
+``python -m pytest -n 2 --dist load tests/test_configs.py -m matrix``.
 """
 
 import json

@@ -281,6 +281,7 @@ def _power_advance(
 
 @functools.partial(jax.jit, static_argnames=("count", "length", "max_steps"))
 def _lanczos_not_begun(count: int, length: int, max_steps: int) -> lanczos.Process:
+    """Room for the processes of a cohort; their starts are drawn with their first steps."""
     return lanczos.begin(jnp.zeros((count, length), jnp.float64), max_steps=max_steps)
 
 

@@ -88,11 +88,7 @@ def check(config: Config) -> None:
     _one_of("method.margins", config.method.margins, MARGINS)
     _one_of("method.loss", config.method.loss, LOSSES)
     _check_method(config.method)
-    if config.sparsity.weight and not has_box(config.method):
-        raise InputError(
-            f"--config.sparsity.weight={config.sparsity.weight} needs bounds of each neuron, which method "
-            f"{config.method.name} does not have; give 0, or a method with local norms or margins=box_and_ball"
-        )
+    _check_sparsity(config)
     _one_of("power_iteration.start", config.power_iteration.start, STARTS)
     _check_layers(config)
     for key, least in (
@@ -154,6 +150,15 @@ def _check_method(method: Config) -> None:
     if wrong:
         parts = f"norms={method.norms} and margins={method.margins}"
         raise InputError(f"--config.method.loss={method.loss} with {parts}: {wrong}")
+
+
+def _check_sparsity(config: Config) -> None:
+    """Raises InputError for a sparsity loss of a method that does not bound neurons."""
+    if config.sparsity.weight and not has_box(config.method):
+        raise InputError(
+            f"--config.sparsity.weight={config.sparsity.weight} needs bounds of each neuron, which method "
+            f"{config.method.name} does not have; give 0, or a method with local norms or margins=box_and_ball"
+        )
 
 
 def _check_layers(config: Config) -> None:

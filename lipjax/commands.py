@@ -12,6 +12,9 @@ from lipjax import certification, figures, published, reproduction, runs, settin
 from lipjax.errors import InputError
 from lipjax.norms import LEVELS
 
+DATA = "an .npz with images (n, H, W, C), uint8 or floats in [0, 1], and integer labels (n,), in place of a split"
+LEVEL = "what the spectral norms are worth: bounds up to --delta (default), bounds, or the paper's estimates, no proof"
+
 
 class Parser(argparse.ArgumentParser):
     """Errors are one line, without the usage."""
@@ -59,14 +62,23 @@ def certify(parser: Parser, arguments: list[str]) -> None:
     parser.add_argument("--workdir", type=pathlib.Path, required=True, help="folder of a run of train.py")
     parser.add_argument("--eps", type=float, help="l2 radius in [0, 1] pixels; default: the config's")
     parser.add_argument("--split", default="test", choices=("test", "train"), help="default: test")
-    parser.add_argument("--data", type=pathlib.Path, help="an .npz of your own images and labels in place of a split")
-    parser.add_argument("--limit", type=int, help="only the first so many images")
+    parser.add_argument("--data", type=pathlib.Path, help=DATA)
+    parser.add_argument("--limit", type=int, help="only the first so many images; default: all")
     parser.add_argument("--batch-size", type=int, help="images per call; default: the config's")
-    parser.add_argument("--checkpoint", default="best", choices=("best", "last"), help="default: best on validation")
+    parser.add_argument(
+        "--checkpoint",
+        default="best",
+        choices=("best", "last"),
+        help="default: best on validation, or last where there is none",
+    )
     parser.add_argument("--output", type=pathlib.Path, help="folder of the files; default: --workdir")
-    parser.add_argument("--level", default="probabilistic", choices=LEVELS, help="what the spectral norms are worth")
-    parser.add_argument("--delta", type=float, default=1e-6, help="probability that ANY certificate is wrong")
-    parser.add_argument("--rtol", type=float, default=1e-3, help="relative gap at which a norm is tight enough")
+    parser.add_argument("--level", default="probabilistic", choices=LEVELS, help=LEVEL)
+    parser.add_argument(
+        "--delta", type=float, default=1e-6, help="probability that ANY certificate is wrong; default: 1e-6"
+    )
+    parser.add_argument(
+        "--rtol", type=float, default=1e-3, help="relative gap at which a norm is tight enough; default: 1e-3"
+    )
     parser.add_argument("--no-triage", action="store_true", help="attack and bound what is already decided as well")
     parser.add_argument("--seed", type=int, help="of the random starts of norms and attacks; default: the config's")
     parser.add_argument("--radius", action="store_true", help="find the certified radius of each image as well")
@@ -87,22 +99,33 @@ def certify(parser: Parser, arguments: list[str]) -> None:
         file=options.data,
         seed=options.seed,
     )
-    print(f"\nfiles: {options.output or options.workdir}/certificates.npz, certificates.csv, summary.json, report.md")
+    names = [
+        "certificates.npz",
+        "certificates.csv",
+        *(["curves.csv"] if options.radius else []),
+        "summary.json",
+        "report.md",
+    ]
+    print(f"\nfiles: {options.output or options.workdir}/{', '.join(names)}")
 
 
 def paper(parser: Parser, arguments: list[str]) -> None:
     """``paper.py``."""
     parser.add_argument("what", choices=(*published.TABLES, *published.FIGURES), help="table or figure of the paper")
     parser.add_argument("--workdir", type=pathlib.Path, required=True, help="folder of the runs and of what is written")
-    parser.add_argument("--scale", type=float, default=1.0, help="fraction of the epochs; default: all of them")
+    parser.add_argument("--scale", type=float, default=1.0, help="fraction of the epochs, at most 1; default: 1")
     parser.add_argument("--seeds", type=int, help="runs per cell; default: 1, and 3 for table4")
     parser.add_argument("--limit", type=int, help="test images that are certified; default: all")
-    parser.add_argument("--only", default="*", help="pattern of the cells to run, such as 'mnist_4c3f-*'; default: all")
+    parser.add_argument(
+        "--only", default="*", help="pattern of cells to run, such as 'mnist_4c3f-*', '' for none; default: all"
+    )
     parser.add_argument("--config.KEY", metavar="VALUE", help="override an entry of every config")
     options, overrides = parser.parse_known_args(arguments)
     for name, value in (("--scale", options.scale), ("--seeds", options.seeds), ("--limit", options.limit)):
         if value is not None and not 0 < value < float("inf"):
             raise InputError(f"{name}={value} cannot be used; give a finite number more than 0")
+    if options.scale > 1:
+        raise InputError(f"--scale={options.scale} cannot be used; give a fraction of the configs' epochs, at most 1")
     make = reproduction.table if options.what in published.TABLES else reproduction.figure
     path = make(
         options.what,

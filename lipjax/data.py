@@ -72,10 +72,12 @@ def from_file(path: pathlib.Path, name: str) -> Dataset:
         with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
             arrays = {key: file[key] for key in ("images", "labels")}
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise InputError(f"--data={path} cannot be read: {error}; give an .npz with images and labels") from None
+        reason = "it is no .npz" if isinstance(error, ValueError) else error  # NumPy would advise to unpickle it
+        raise InputError(f"--data={path} cannot be read: {reason}; give an .npz with images and labels") from None
     images, labels = arrays["images"], arrays["labels"]
     if images.ndim != 4 or images.shape[1:] != shape or not len(images):
-        raise InputError(f"--data={path}: images have shape {images.shape}; the model of {name} takes (n, *{shape})")
+        wanted = f"at least one image of shape {shape}"
+        raise InputError(f"--data={path}: images have shape {images.shape}; the model of {name} takes {wanted}")
     if labels.shape != images.shape[:1] or not np.issubdtype(labels.dtype, np.integer):
         raise InputError(f"--data={path}: labels are {labels.dtype} {labels.shape}; expected {len(images)} integers")
     if labels.min() < 0 or labels.max() >= classes:

@@ -133,6 +133,7 @@ def evaluate(
     if radius:
         columns["radius"] = _radii(certifier, dataset, np.flatnonzero(correct), columns["certified"], eps, batch_size)
         watch.lap("radius")
+        curves["median_radius"] = float(np.median(columns["radius"]))
         curves["certified_accuracy_at"] = _certified_curve(columns["radius"])
         curves["pgd_accuracy_at"] = _pgd_curve(
             network, dataset, np.flatnonzero(correct), columns["attacked"], eps, attack_key, batch_size

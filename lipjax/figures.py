@@ -51,12 +51,16 @@ def plot_learning_curves(workdir: pathlib.Path) -> None:
 def write_report(folder: pathlib.Path, found: Evaluation, dataset: Dataset, summary: dict[str, Any]) -> None:
     """Write ``report.md`` and its figures into a folder, and the curves as ``curves.csv`` where there are some.
 
+    What an earlier report left there and this one does not have is removed.
+
     Args:
         folder: where to.
         found: what was certified.
         dataset: the examples, in the same order.
         summary: the whole summary.
     """
+    for stale in (*folder.glob("report_*.png"), folder / "curves.csv"):
+        stale.unlink(missing_ok=True)
     images = [("The most and the least robust images", _plot_images(folder, found, dataset))]
     if "certified_accuracy_at" in summary:
         _write_curves(folder, summary)

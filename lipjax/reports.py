@@ -11,7 +11,7 @@ Row = dict[str, Any]
 # What a level is worth, said wherever it is printed.
 LEVELS = {
     "estimate": "norms estimated from below, no proof",
-    "probabilistic": "norms bounded from above but for the probability delta",
+    "probabilistic": "norms bounded from above but for a probability delta of {delta:g}",
     "deterministic": "norms bounded from above",
 }
 
@@ -81,10 +81,13 @@ def print_table(summary: Row) -> None:
             "certified",
             summary["certified_accuracy"],
             counts["certified"],
-            f"level {summary['level']}: {LEVELS[summary['level']]}",
+            f"level {summary['level']}: {LEVELS[summary['level']].format(delta=summary['delta'])}",
         ),
     ]
-    print(f"\n{summary['dataset']} {summary['split']}, {counts['examples']} images, eps {summary['eps']:.6g}")
+    print(
+        f"\n{summary['dataset']} {summary['split']}, {counts['examples']} images, eps {summary['eps']:.6g}, "
+        f"checkpoint {summary['checkpoint']} of epoch {summary['checkpoint_epoch']}"
+    )
     print(f"{'accuracy':<12}{'fraction':>10}{'images':>10}   remark")
     for name, fraction, images, remark in rows:
         print(f"{name:<12}{fraction:>10.4f}{images:>10}   {remark}")
@@ -93,6 +96,8 @@ def print_table(summary: Row) -> None:
         f"Lipschitz constant of the feature map: {local}global {summary['global_lipschitz']:.4g}; with global norms "
         f"{counts['certified_with_global_norms']} are certified"
     )
+    if "median_radius" in summary:
+        print(f"certified radius: median {summary['median_radius']:.4g}, 0 for what is wrong")
     print("decided by: " + ", ".join(f"{stage} {number}" for stage, number in counts["decided"].items()))
     if counts["certified_but_attacked"]:
         print(

@@ -29,7 +29,7 @@ class Options:
         scale: fraction of the epochs.
         seeds: runs per cell; None for the table's own.
         limit: test images that are certified; None for all.
-        only: pattern of names of cells that may be run; others are shown where they are finished.
+        only: pattern of names of cells that may be run, empty for none; others are shown where they are finished.
         overrides: entries of the config for every run.
     """
 
@@ -81,16 +81,23 @@ def table(name: str, options: Options) -> pathlib.Path:
         The Markdown file; a CSV file of the same name lies beside it.
 
     Raises:
-        InputError: there is no such table.
+        InputError: there is no such table, no cell of it is meant, or one could not be made; the table is whole
+            but for that.
     """
     chosen = _named(name, published.TABLES)
     seeds = options.seeds or chosen.seeds
+    cells = [row.cell for row in chosen.rows if row.cell]
+    meant = [cell for cell in cells if fnmatch.fnmatch(cell.name, options.only)]
+    if options.only and not meant:
+        known = ", ".join(cell.name for cell in cells)
+        raise InputError(f"--only={options.only!r} is none of the cells of {name}; they are {known}")
     path, problems = _write(name, chosen, options, seeds, {}), {}
-    for row in chosen.rows:
-        for seed in range(seeds) if row.cell else ():
-            if row.cell and fnmatch.fnmatch(row.cell.name, options.only):
-                _finish(row.cell, seed, options, problems, chosen.sample)
-                path = _write(name, chosen, options, seeds, problems)
+    for cell in meant:
+        for seed in range(seeds):
+            _finish(cell, seed, options, problems, chosen.sample)
+            path = _write(name, chosen, options, seeds, problems)
+    if problems:
+        raise InputError(f"{', '.join(problems)} could not be made; the reasons are above, the others are in {path}")
     return path
 
 
@@ -163,7 +170,9 @@ def _finish(cell: Cell, seed: int, options: Options, problems: dict[str, str], s
         return
     print(f"\n== {folder.name}", flush=True)
     try:
-        runs.train(_config(cell, seed, options), folder, resume=True)
+        config = _config(cell, seed, options)
+        _check_scale(config, folder, options)
+        runs.train(config, folder, resume=folder.exists())
         figures.plot_learning_curves(folder)
         if _summary(_certified(folder), options.limit) is None:
             certification.certify(folder, limit=options.limit, output=_certified(folder))
@@ -173,6 +182,18 @@ def _finish(cell: Cell, seed: int, options: Options, problems: dict[str, str], s
     except InputError as error:
         problems[folder.name] = str(error)
         print(f"{folder.name}: {error}", file=sys.stderr, flush=True)
+
+
+def _check_scale(config: settings.Config, folder: pathlib.Path, options: Options) -> None:
+    """Raises InputError where a run was begun at another scale, before its config says so in other words."""
+    if not (folder / "config.json").exists():
+        return
+    begun = settings.load(folder).schedule.epochs
+    if begun != config.schedule.epochs:
+        raise InputError(
+            f"--scale={options.scale:g} makes {config.schedule.epochs} epochs of it, but the run there was begun with "
+            f"{begun}; give its scale, or another --workdir"
+        )
 
 
 def _measured(cell: Cell, seed: int, options: Options, sample: str | None) -> Measured | None:

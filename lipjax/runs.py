@@ -47,6 +47,8 @@ def train(config: Config, workdir: pathlib.Path, *, resume: bool) -> None:
         settings.check_same(config, settings.load(workdir))
     run = Run(config, workdir)
     state, first = run.restored() if resume else (run.initial_state(), 0)
+    if resume:
+        print(f"{workdir}: {f'goes on after epoch {first}' if first else 'nothing to go on from, starts at epoch 1'}")
     state = run.spread(state)
     rows = reports.read_rows(workdir, before=first)
     for epoch in range(first, config.schedule.epochs):

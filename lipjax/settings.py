@@ -214,10 +214,16 @@ def _lookup(config: Config, key: str) -> Any:
 
 def _explain(error: Exception, arguments: list[str]) -> str:
     """One line about what absl or ml_collections could not read."""
-    text = " ".join(str(error).split())
     named = next((a for a in arguments if a.startswith("--config") and "." not in a.split("=")[0]), "--config")
+    while error.args and isinstance(error.args[0], Exception):
+        error = error.args[0]
+    lines = str(error.args[0] if isinstance(error, KeyError) else error).strip().splitlines()
     if isinstance(error, OSError | ModuleNotFoundError):
-        return f"cannot read the config ({named}): {text}; try --config configs/digits.py"
+        return f"cannot read the config ({named}): {lines[-1].strip()}; try --config configs/digits.py"
     if isinstance(error, AttributeError | KeyError):
-        return f"unknown config key: {text}"
-    return f"bad config argument: {text}"
+        key = lines[0].strip("'")
+        override = next((a for a in arguments if key in a.split("=")[0].split(".")), f"--config.{key}")
+        return f"unknown config key in {override}: {'; '.join(lines)}"
+    if any(line.startswith("Traceback") for line in lines):  # the config file itself has raised
+        return f"bad config argument: {named}: {lines[-1].split(': ', 1)[-1]}"
+    return f"bad config argument: {' '.join(' '.join(lines).split())}"

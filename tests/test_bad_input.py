@@ -243,7 +243,7 @@ CASES = [
     case(
         "own images of another shape",
         lambda f: with_images(f, 0.0, (3, 28, 28, 1)),
-        *("(3, 28, 28, 1)", "takes (n, *(8, 8, 1))"),
+        *("(3, 28, 28, 1)", "takes at least one image of shape (8, 8, 1)"),
     ),
     case("own pixels of 0 to 255 as float", lambda f: with_images(f, 255.0), "float64", "255.0", "[0, 1]"),
     case("own pixels of NaN", lambda f: with_images(f, math.nan), "float64", "nan", "[0, 1]"),
@@ -254,7 +254,7 @@ CASES = [
         *("labels reach from 9 to 11", "0 to 9"),
     ),
     case("own labels of float", lambda f: read_images(f, labels=np.zeros(3)), "labels are float64 (3,)", "3 integers"),
-    case("no own images", lambda f: with_images(f, 0.0, (0, 8, 8, 1)), "(0, 8, 8, 1)", "takes (n,"),
+    case("no own images", lambda f: with_images(f, 0.0, (0, 8, 8, 1)), "(0, 8, 8, 1)", "at least one image"),
     # models
     case("no input_shape", lambda _: lipjax.from_flax(model()), "input_shape is missing", "input_shape=(28, 28, 1)"),
     case("another input_shape", lambda _: lipjax.from_flax(model(), (4,)), "(4,)", "takes 5 inputs"),

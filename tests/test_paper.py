@@ -8,6 +8,7 @@ import pathlib
 import pytest
 
 from lipjax import certification, published, reproduction, runs, settings
+from lipjax.errors import InputError
 from lipjax.published import Cell, Row, Table
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
@@ -66,21 +67,40 @@ def test_a_table_is_measured_once_and_says_what_is_missing(small, workdir, monke
     monkeypatch.setattr(
         runs, "train", lambda config, *a, **k: (trained.append(config.method.name), train(config, *a, **k))
     )
-    lines = shown = lines_of(reproduction.table("table1", options(workdir)))
+    with pytest.raises(InputError, match=r"mnist_4c3f-ibp\S*-seed0 could not be made; .*table1.md"):
+        reproduction.table("table1", options(workdir))
+    lines = shown = lines_of(path)
     assert trained == ["gloro", "ibp"]
     assert lines["digits", "GloRo"]["clean, paper"] == "92.9 +- 0.1"
     assert lines["digits", "GloRo"]["remark"] == ""
     assert "no data set 'mnist'" in lines["MNIST", "IBP"]["remark"]
     assert "no data set 'mnist'" in capsys.readouterr().err
     # More images or another scale are another measurement.
-    lines = lines_of(reproduction.table("table1", options(workdir, limit=30, only="nothing")))
+    lines = lines_of(reproduction.table("table1", options(workdir, limit=30, only="")))
     assert lines["digits", "GloRo"]["seeds"] == ""
     # So is another config; and what the user makes in the folder of a run is none.
-    changed = options(workdir, overrides=(*SMALL, "--config.schedule.learning_rate=0.01"), only="nothing")
+    changed = options(workdir, overrides=(*SMALL, "--config.schedule.learning_rate=0.01"), only="")
     assert lines_of(reproduction.table("table1", changed))["digits", "GloRo"]["seeds"] == ""
     certification.certify(workdir / "digits-gloro-seed0", eps=0.01, limit=20)
-    again = lines_of(reproduction.table("table1", options(workdir, only="nothing")))
+    again = lines_of(reproduction.table("table1", options(workdir, only="")))
     assert again["digits", "GloRo"] == shown["digits", "GloRo"]
+
+
+def test_cells_that_are_not_there_are_refused_and_the_table_stays(small, tmp_path):
+    path = reproduction.table("table1", options(tmp_path, only=""))
+    before = path.read_text()
+    with pytest.raises(InputError, match="--only='digit-gloro' is none of the cells of table1; .* digits-gloro, "):
+        reproduction.table("table1", options(tmp_path, only="digit-gloro", scale=0.5))
+    assert path.read_text() == before
+
+
+def test_another_scale_in_the_same_folder_is_refused_by_its_name(small, tmp_path, capsys):
+    config = reproduction._config(Cell("digits", "gloro"), 0, options(tmp_path))
+    (tmp_path / "digits-gloro-seed0").mkdir()
+    settings.save(config, tmp_path / "digits-gloro-seed0")
+    with pytest.raises(InputError, match="digits-gloro-seed0 could not be made"):
+        reproduction.table("table1", options(tmp_path, only="digits-gloro", scale=0.5))
+    assert "--scale=0.5 makes 50 epochs of it, but the run there was begun with 2" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -104,7 +124,7 @@ def test_figures_are_drawn_from_the_logs(small, workdir):
 
 
 def test_unknown_names_are_refused_with_the_list(tmp_path):
-    with pytest.raises(reproduction.InputError, match="'table3' is unknown; give one of table1, table2, .*figure7"):
+    with pytest.raises(InputError, match="'table3' is unknown; give one of table1, table2, .*figure7"):
         reproduction.table("table3", options(tmp_path))
 
 

@@ -21,6 +21,7 @@ def test_example_runs_as_printed(capsys):
     assert np.shape(scope["margins"]) == (10,)
     assert np.isfinite(scope["margins"]).all()
     assert np.shape(scope["radius"]) == np.shape(scope["certificate"].certified) == (1,)
+    assert scope["radius"] > 0
 
 
 def test_local_links_lead_somewhere():

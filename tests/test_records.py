@@ -38,6 +38,8 @@ def with_radii(tmp_path_factory):
 @pytest.fixture(scope="module")
 def without_triage(tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
+    for stale in ("report_accuracy.png", "curves.csv"):  # as a certification with radii leaves them
+        (folder / stale).write_bytes(b"")
     certify(folder, triage=False)
     return folder
 
@@ -140,6 +142,7 @@ def test_the_report_shows_figures_that_exist(made, request):
     assert len(shown) == len(set(shown)) >= 4
     for name in shown:
         assert (folder / name).read_bytes().startswith(b"\x89PNG")
+    assert {path.name for path in folder.glob("*.png")} == set(shown)
     assert ("report_accuracy.png" in shown) == (folder / "curves.csv").exists() == (made == "with_radii")
 
 
@@ -147,6 +150,7 @@ def test_radii_agree_with_the_certificates_at_eps_and_stay_below_what_pgd_has_br
     columns, summary = columns_of(with_radii), json.loads((with_radii / "summary.json").read_text())
     radii, eps = columns["radius"], summary["eps"]
     np.testing.assert_array_equal(radii >= eps, columns["certified"])
+    assert summary["median_radius"] == np.median(radii) > 0
     assert np.all(radii[columns["prediction"] != columns["label"]] == 0)
     assert np.all(radii[columns["attacked"]] < eps)
     assert len(np.unique(radii)) > LIMIT / 2

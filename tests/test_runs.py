@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import pathlib
+import re
 import shutil
 import signal
 import subprocess
@@ -91,6 +92,7 @@ def test_a_killed_run_resumes_to_the_same_metrics_bit_for_bit(finished, tmp_path
     process = script("train.py", *arguments, "--resume")
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
+    assert re.search(rf"{workdir}: goes on after epoch [12]\b", output)
     assert rows_without_timings(workdir) == rows_without_timings(straight)
     hashes = [json.loads((folder / "summary.json").read_text())["params_sha256"] for folder in (straight, workdir)]
     assert hashes[0] == hashes[1]
@@ -149,7 +151,7 @@ def test_certify_reads_the_run_and_writes_all_files(finished, tmp_path):
     assert (certified == (correct & (worst > 0))).all()
     assert summary["eps"] == 0.1
     assert summary["counts"]["examples"] == 30
-    assert "level probabilistic: norms bounded from above but for the probability delta" in printed
+    assert "level probabilistic: norms bounded from above but for a probability delta of 1e-06" in printed
     for key in ("checkpoint_step", "params_sha256", "versions", "seconds", "products_per_norm", "live_share"):
         assert summary[key]
 

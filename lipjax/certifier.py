@@ -204,23 +204,22 @@ class Certifier:
         with self._precision():
             dtype = self.level.dtype
             radius = jnp.broadcast_to(jnp.asarray(eps, dtype), np.shape(x)[:1])
-            region, error = _enter(jnp.asarray(x, dtype), radius)
+            region = _enter(jnp.asarray(x, dtype), radius)
             live, solved, kept = [], [], []
             for step in self.network.steps:
                 if isinstance(step, Fork):
-                    kept.append((region, error))
+                    kept.append(region)
                 elif isinstance(step, Join):
-                    region, error = _join(*kept.pop(), region, error)
+                    region = _join(kept.pop(), region)
                 else:
                     place = len(solved)
-                    whole, absolute = jnp.asarray(self.sigmas[place], dtype), self.absolute[place]
-                    before, rows, columns, error = _before(step, region, error, whole, absolute)
+                    before, rows, columns, rounded = _before(step, region, self.absolute[place])
                     solved.append(solve(place, step.affine, rows, columns))
-                    region, share = _after(step, before, jnp.asarray(solved[-1].sigma, dtype))
+                    region, share = _after(step, before, jnp.asarray(solved[-1].sigma, dtype), rounded)
                     live.append(share)
             sigmas, products = [norm.sigma for norm in solved], [norm.products for norm in solved]
-            lipschitz = jnp.broadcast_to(jnp.asarray(self.network.lipschitz(sigmas), dtype), error.shape)
-            found = _decide(self.network, region, lipschitz, jnp.asarray(label), error, self.level.name)
+            lipschitz = jnp.broadcast_to(jnp.asarray(self.network.lipschitz(sigmas), dtype), radius.shape)
+            found = _decide(self.network, region, lipschitz, jnp.asarray(label), self.level.name)
             tables = (np.asarray(table, np.float64).reshape(-1, len(x)).T for table in (sigmas, live, products))
             return Found(jax.tree.map(np.asarray, found), *tables)
 
@@ -276,58 +275,60 @@ def checked_key(key: Array) -> Array:
 
 
 @jax.jit
-def _enter(x: Array, eps: Array) -> tuple[Region, Array]:
-    return jax.vmap(l2_ball)(x, eps), jnp.zeros_like(eps)
+def _enter(x: Array, eps: Array) -> Region:
+    return jax.vmap(l2_ball)(x, eps)
 
 
 @jax.jit
-def _before(
-    block: Block, region: Region, error: Array, whole: Array, absolute: Array | None
-) -> tuple[Region, Array, Array, Array]:
-    """Regions before the activation, the rows and columns that matter, and the error of float32 inference so far."""
+def _before(block: Block, region: Region, absolute: Array | None) -> tuple[Region, Array, Array, Array]:
+    """Regions before the activation, the rows and columns that matter, and what rounding adds to the radius."""
 
-    def one(region: Region, error: Array) -> tuple[Region, Array, Array, Array]:
-        entering = region.reshape(block.affine.in_shape)
-        before = bounds.preactivation(block.affine, entering)
-        if absolute is not None:
-            before = rounding.widen(before, block.affine, entering, error)
-            error = rounding.inference_error(error, block.affine, entering, whole, absolute)
-            before = rounding.without_overflow(before, rounding.magnitude(block.affine, entering), error)
-            error = error * block.activation.lipschitz
-        return before, bounds.live_rows(block.activation, before), entering.live, error
+    def one(region: Region) -> tuple[Region, Array, Array, Array]:
+        layer, entering = block.affine, region.reshape(block.affine.in_shape)
+        before = bounds.preactivation(layer, entering)
+        if absolute is None:
+            return before, bounds.live_rows(block.activation, before), entering.live, jnp.zeros_like(entering.ball)
+        widened = rounding.without_overflow(
+            rounding.widen(before, layer, entering), rounding.magnitude(layer, entering)
+        )
+        rows = bounds.live_rows(block.activation, widened)
+        return widened, rows, entering.live, rounding.error_norm(layer, entering, rows, absolute)
 
-    return jax.vmap(one)(region, error)
+    return jax.vmap(one)(region)
 
 
 @jax.jit
-def _after(block: Block, before: Region, sigma: Array) -> tuple[Region, Array]:
-    region = jax.vmap(functools.partial(bounds.activate, block.activation))(before, sigma)
+def _after(block: Block, before: Region, sigma: Array, rounded: Array) -> tuple[Region, Array]:
+    def one(before: Region, sigma: Array, rounded: Array) -> Region:
+        region = bounds.activate(block.activation, before, sigma)
+        if sigma.dtype != jnp.float64:
+            return region
+        return dataclasses.replace(region, radius=rounding.UP * (region.ball + rounded * block.activation.lipschitz))
+
+    region = jax.vmap(one)(before, sigma, rounded)
     return region, jnp.mean(region.live.reshape(len(sigma), -1), axis=1)
 
 
 @jax.jit
-def _join(kept: Region, kept_error: Array, region: Region, error: Array) -> tuple[Region, Array]:
-    def one(kept: Region, kept_error: Array, region: Region, error: Array) -> tuple[Region, Array]:
+def _join(kept: Region, region: Region) -> Region:
+    def one(kept: Region, region: Region) -> Region:
         joined = bounds.join(kept, region)
-        if error.dtype == jnp.float64:
-            error = rounding.sum_error(kept_error, error, joined)
-            widened = rounding.widen_sum(joined, kept_error)
-            return rounding.without_overflow(widened, jnp.abs(jnp.stack(widened.box)), error), error
-        return joined, error
+        if joined.center.dtype != jnp.float64:
+            return joined
+        widened = rounding.widen_sum(joined, kept)
+        return rounding.without_overflow(widened, jnp.abs(jnp.stack(widened.box)))
 
-    return jax.vmap(one)(kept, kept_error, region, error)
+    return jax.vmap(one)(kept, region)
 
 
 @functools.partial(jax.jit, static_argnames="level")
-def _decide(
-    network: Network, features: Region, lipschitz: Array, label: Array, error: Array, level: str
-) -> Certificate:
-    def one(features: Region, lipschitz: Array, label: Array, error: Array) -> Certificate:
+def _decide(network: Network, features: Region, lipschitz: Array, label: Array, level: str) -> Certificate:
+    def one(features: Region, lipschitz: Array, label: Array) -> Certificate:
         features = features.reshape(network.head.in_shape)
-        if error.dtype != jnp.float64:
+        if features.center.dtype != jnp.float64:
             return certificate(network, features, lipschitz, label, level)
-        errors = rounding.logit_errors(error, network.head, features)
-        features = rounding.without_overflow(features, rounding.magnitude(network.head, features), errors)
+        errors = rounding.logit_errors(network.head, features)
+        features = rounding.without_overflow(features, rounding.magnitude(network.head, features))
         return certificate(network, features, lipschitz, label, level, errors)
 
-    return jax.vmap(one)(features, lipschitz, label, error)
+    return jax.vmap(one)(features, lipschitz, label)

@@ -1,7 +1,10 @@
 """Rounding: what finite precision may add to a bound, so that a certificate holds for the computed network as well.
 
-The certification pass is float64 and widens its boxes by what float64 products may be off. The network that is used
-computes in float32; :func:`inference_error` bounds how far its activations may be from the exact ones.
+A certificate is about three computations at once: in exact arithmetic, in the float32 of the network that is used, and
+in the float64 of the certification pass, whose result at the input is the center. A region contains the activations of
+all three, anywhere in the ball: what an affine layer may round widens its box and adds to the radius behind it. So a
+neuron is dead only if none of them can revive it, the dead coordinates of all three are equal, and what was rounded
+before a layer grows by the norm of the MASKED layer, like the perturbation itself.
 """
 
 from __future__ import annotations
@@ -20,7 +23,8 @@ from lipjax.regions import Region
 from lipjax.spectral import length
 
 UNIT64, UNIT32 = 2.0**-53, 2.0**-24
-WIDE_TO_NARROW = 2.0**-28  # a float64 error is smaller than a bound of the float32 error by more than this
+MORE = 1 + 1e-3  # leaves room for the same errors in float64, which are smaller by 2^-29
+UP = 1 + 2.0**-40  # what a few operations of float64 may round down
 SMALLEST64 = 2.0**-960  # far above what is flushed to zero in float64
 LARGEST32 = 2.0**126  # a fourth of the largest float32 number
 SMALLEST32 = 2.0**-126  # below it float32 results lose digits, or are flushed to zero
@@ -49,19 +53,16 @@ def check_range(network: Network) -> None:
             )
 
 
-def widen(before: Region, layer: Affine, entering: Region, error: Array) -> Region:
-    """The region before an activation, its box widened by what the float64 pass may have rounded.
+def widen(before: Region, layer: Affine, entering: Region) -> Region:
+    """The region before an activation, its box widened by what may be rounded there.
 
-    Mid points, half widths, centers and row norms are four sums of at most ``layer.terms + 1`` terms and a few
-    operations each, all at most |W| A + |b| with A the largest magnitudes that enter. The center that enters is itself
-    off by the rounding of the layers before, and the ball stands around the exact one: ``error`` bounds that of
-    float32, and the same recursion holds for float64 with a unit roundoff that is 2^29 times smaller.
+    In float32, by :func:`output_errors`; in this pass, mid points and half widths are sums of at most ``layer.terms +
+    1`` terms and a few operations each, all at most |W| A + |b| with A the largest magnitudes that enter.
     """
-    if before.lower is None or before.upper is None:
-        return before
-    inherited = WIDE_TO_NARROW * error * layer.row_norms(jnp.ones(layer.in_shape, bool))
-    slack = 4 * gamma(layer.terms + 8, UNIT64) * magnitude(layer, entering) + inherited + SMALLEST64
-    return dataclasses.replace(before, lower=before.lower - slack, upper=before.upper + slack)
+    lower, upper = before.box
+    own = 4 * gamma(layer.terms + 8, UNIT64) * magnitude(layer, entering) + SMALLEST64
+    slack = output_errors(layer, entering) + own
+    return dataclasses.replace(before, lower=lower - slack, upper=upper + slack)
 
 
 def magnitude(layer: Affine, entering: Region) -> Array:
@@ -70,64 +71,80 @@ def magnitude(layer: Affine, entering: Region) -> Array:
     return layer.absolute(jnp.maximum(jnp.abs(lower), jnp.abs(upper))) + jnp.abs(layer.shift)
 
 
-def inference_error(error: Array, layer: Affine, entering: Region, sigma: Array, absolute_norm: Array) -> Array:
-    """How far float32 activations may be from the exact ones after a layer, as an l2 norm, anywhere in the region.
-
-    Args:
-        error: the same before the layer.
-        layer: the affine layer; activations after it are 1-Lipschitz and exact.
-        entering: the region before it.
-        sigma: upper bound of ||W||, of the whole layer: rounding revives neurons that are dead in exact arithmetic.
-        absolute_norm: upper bound of || |W| ||.
+def output_errors(layer: Affine, entering: Region) -> Array:
+    """How far each float32 output of a layer may be from the exact one for the same float32 input (out_shape).
 
     Reference:
         Higham, Accuracy and Stability of Numerical Algorithms, section 3.1.
     """
-    relative = gamma(layer.terms + 1, UNIT32)
-    # || |W| |a| + |b| || over the box, or over the ball, whichever is smaller.
-    around = layer.absolute(jnp.abs(entering.center)) + jnp.abs(layer.shift)
-    size = jnp.minimum(length(magnitude(layer, entering)), length(around) + absolute_norm * entering.ball)
-    own = relative * size + layer.terms * SMALLEST32 * math.sqrt(math.prod(layer.out_shape))
-    return sigma * error + own + relative * absolute_norm * error
+    # |W| |a| + |b| over the box, or over the ball, whichever is smaller.
+    around = _around(layer, entering) + layer.row_norms(entering.live) * entering.ball
+    return _relative(layer) * jnp.minimum(magnitude(layer, entering), around) + layer.terms * SMALLEST32
 
 
-def without_overflow(region: Region, largest: Array, error: Array) -> Region:
+def error_norm(layer: Affine, entering: Region, rows: Array, absolute_norm: Array) -> Array:
+    """The same for all outputs that matter together, as an l2 norm: what the layer adds to the radius behind it.
+
+    Args:
+        layer: the affine layer; activations after it are 1-Lipschitz and exact.
+        entering: the region before it.
+        rows: which outputs matter, boolean (out_shape).
+        absolute_norm: upper bound of || |W| ||.
+    """
+    around = length(jnp.where(rows, _around(layer, entering), 0)) + absolute_norm * entering.ball
+    tiny = layer.terms * SMALLEST32 * math.sqrt(math.prod(layer.out_shape))
+    each = length(jnp.where(rows, output_errors(layer, entering), 0))
+    return jnp.minimum(each, _relative(layer) * around + tiny)
+
+
+def _around(layer: Affine, entering: Region) -> Array:
+    """``|W| |center| + |b|``."""
+    return layer.absolute(jnp.abs(entering.center)) + jnp.abs(layer.shift)
+
+
+def _relative(layer: Affine) -> float:
+    """What float32 may be off, relative to |W| |a| + |b|, and float64 after it."""
+    return MORE * gamma(layer.terms + 1, UNIT32)
+
+
+def without_overflow(region: Region, largest: Array) -> Region:
     """The region, finite only where no float32 number that leads to it can overflow.
 
     Args:
         region: what is computed.
-        largest: bounds of all exact partial sums, as of :func:`magnitude`.
-        error: how far the float32 ones may be from them.
+        largest: bounds of all exact partial sums, as of :func:`magnitude`; those of float32 are at most twice as large.
     """
-    fits = jnp.max(largest) + jnp.max(error) < LARGEST32  # false for NaN
+    fits = jnp.max(largest) < LARGEST32  # false for NaN
     return dataclasses.replace(region, finite=region.finite & fits)
 
 
-def widen_sum(joined: Region, kept_error: Array) -> Region:
-    """The region of a residual sum, its box widened by the rounding of one float64 addition and of the kept center."""
-    if joined.lower is None or joined.upper is None:
-        return joined
-    largest = jnp.maximum(jnp.abs(joined.lower), jnp.abs(joined.upper)) + jnp.abs(joined.center)
-    slack = 8 * UNIT64 * largest + WIDE_TO_NARROW * kept_error + SMALLEST64
-    return dataclasses.replace(joined, lower=joined.lower - slack, upper=joined.upper + slack)
+def widen_sum(joined: Region, kept: Region) -> Region:
+    """The region of a residual sum x + f(x), box and ball widened by what one addition may round.
 
+    A sum of two constants is one, but not the same in float32 and in exact arithmetic: unless both are zero, it counts
+    as varying.
 
-def sum_error(kept: Array, error: Array, joined: Region) -> Array:
-    """How far a float32 sum x + f(x) may be from the exact one, given the same for x and for f(x)."""
+    Args:
+        joined: the region of the sum.
+        kept: the region of x; its box was cut to its ball in float64.
+    """
     lower, upper = joined.box
-    largest = length(jnp.maximum(jnp.abs(lower), jnp.abs(upper)))
-    return (kept + error) * (1 + UNIT32) + UNIT32 * largest
+    largest = jnp.maximum(jnp.abs(lower), jnp.abs(upper))
+    cut = jnp.abs(kept.center) + jnp.where(kept.live, kept.ball, 0)
+    slack = MORE * UNIT32 * largest + 8 * UNIT64 * cut
+    slack = jnp.where(slack == 0, 0, slack + 2 * SMALLEST32)
+    radius = UP * (joined.ball + length(slack))
+    live = joined.live | ~(slack == 0)
+    return dataclasses.replace(joined, lower=lower - slack, upper=upper + slack, radius=radius, live=live)
 
 
-def logit_errors(error: Array, head: Dense, features: Region) -> Array:
-    """How far each float32 logit may be from the exact one over the region (classes,)."""
-    relative = gamma(head.terms + 1, UNIT32)
-    row_norms = head.row_norms(jnp.ones(head.in_shape, bool))
-    around = head.absolute(jnp.abs(features.center)) + jnp.abs(head.shift)
-    size = jnp.minimum(magnitude(head, features), around + row_norms * features.ball)
-    own = relative * size + head.terms * SMALLEST32
-    # The factor covers the rounding of this pass and of the margins, which is float64 and smaller by 2^-29.
-    return (1 + 1e-3) * (row_norms * error * (1 + relative) + own)
+def logit_errors(head: Dense, features: Region) -> Array:
+    """How far each float32 logit may be from the exact one for the same float32 features (classes,).
+
+    With room for the rounding of the margins, which are float64 and of the size of these sums or of the ball's part.
+    """
+    ball = head.row_norms(jnp.ones(head.in_shape, bool)) * features.ball
+    return output_errors(head, features) + 2.0**-30 * ball
 
 
 def absolute_norm(layer: Affine) -> Array:

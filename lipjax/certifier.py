@@ -123,7 +123,8 @@ class Certifier:
         rounding.check_range(network)
         self.ledger = Ledger(planned, getattr(self.level, "delta", math.nan))
         with self._precision():
-            self.network = jax.tree.map(lambda leaf: jnp.asarray(leaf, self.level.dtype), network)
+            # Through NumPy: XLA's own conversion takes numbers below the smallest normal one for zero.
+            self.network = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf, self.level.dtype)), network)
             self.sigmas = self._global_norms()
             sound = self.level.dtype == np.float64
             absolute = jax.jit(rounding.absolute_norm)
@@ -204,7 +205,7 @@ class Certifier:
         with self._precision():
             dtype = self.level.dtype
             radius = jnp.broadcast_to(jnp.asarray(eps, dtype), np.shape(x)[:1])
-            region = _enter(jnp.asarray(x, dtype), radius)
+            region = _enter(jnp.asarray(np.asarray(x, dtype)), radius)
             live, solved, kept = [], [], []
             for step in self.network.steps:
                 if isinstance(step, Fork):

@@ -10,7 +10,6 @@ before a layer grows by the norm of the MASKED layer, like the perturbation itse
 from __future__ import annotations
 
 import dataclasses
-import math
 
 import jax
 import jax.numpy as jnp
@@ -56,8 +55,9 @@ def check_range(network: Network) -> None:
 def widen(before: Region, layer: Affine, entering: Region) -> Region:
     """The region before an activation, its box widened by what may be rounded there.
 
-    In float32, by :func:`output_errors`; in this pass, mid points and half widths are sums of at most ``layer.terms +
-    1`` terms and a few operations each, all at most |W| A + |b| with A the largest magnitudes that enter.
+    In float32, by :func:`output_errors`; in this pass, mid points, half widths, centers and row norms are sums of at
+    most ``layer.terms + 1`` terms and a few operations each, all at most |W| A + |b| with A the largest magnitudes that
+    enter.
     """
     lower, upper = before.box
     own = 4 * gamma(layer.terms + 8, UNIT64) * magnitude(layer, entering) + SMALLEST64
@@ -79,27 +79,37 @@ def output_errors(layer: Affine, entering: Region) -> Array:
     """
     # |W| |a| + |b| over the box, or over the ball, whichever is smaller.
     around = _around(layer, entering) + layer.row_norms(entering.live) * entering.ball
-    return _relative(layer) * jnp.minimum(magnitude(layer, entering), around) + layer.terms * SMALLEST32
+    return _relative(layer) * jnp.minimum(magnitude(layer, entering), around) + _flushed(layer, entering)
 
 
 def error_norm(layer: Affine, entering: Region, rows: Array, absolute_norm: Array) -> Array:
     """The same for all outputs that matter together, as an l2 norm: what the layer adds to the radius behind it.
 
     Args:
-        layer: the affine layer; activations after it are 1-Lipschitz and exact.
+        layer: the affine layer; activations after it are exact.
         entering: the region before it.
         rows: which outputs matter, boolean (out_shape).
         absolute_norm: upper bound of || |W| ||.
     """
     around = length(jnp.where(rows, _around(layer, entering), 0)) + absolute_norm * entering.ball
-    tiny = layer.terms * SMALLEST32 * math.sqrt(math.prod(layer.out_shape))
-    each = length(jnp.where(rows, output_errors(layer, entering), 0))
+    each, tiny = (length(jnp.where(rows, some(layer, entering), 0)) for some in (output_errors, _flushed))
     return jnp.minimum(each, _relative(layer) * around + tiny)
 
 
 def _around(layer: Affine, entering: Region) -> Array:
     """``|W| |center| + |b|``."""
     return layer.absolute(jnp.abs(entering.center)) + jnp.abs(layer.shift)
+
+
+def _flushed(layer: Affine, entering: Region) -> Array:
+    """What is lost per output where numbers below the smallest normal one count as zero: products and their factors.
+
+    The constant of a dead neuron may be such a factor too: it is the same in all computations until it is read here.
+    """
+    lower, upper = entering.box
+    largest = jnp.max(jnp.maximum(jnp.abs(lower), jnp.abs(upper)))
+    weights = layer.absolute(jnp.ones(layer.in_shape, layer.kernel.dtype))
+    return SMALLEST32 * (weights + layer.terms * (1 + largest) + 1)
 
 
 def _relative(layer: Affine) -> float:

@@ -152,6 +152,39 @@ def test_nothing_is_certified_where_float32_inference_overflows():
     assert not lipjax.certify(network, x, np.array([1]), 0.1, level="deterministic").certified.any()
 
 
+def chain(*layers, theta=None):
+    """One neuron after the other, ``max(w a + b, 0)``, the first of them clipped; logits are the last one and 0.05."""
+    blocks = [lipjax.Block(one_by_one(weight, bias), lipjax.ReLU()) for weight, bias in layers]
+    if theta is not None:
+        blocks[0] = lipjax.Block(blocks[0].affine, lipjax.ClippedReLU(jnp.asarray([theta], jnp.float32)))
+    head = lipjax.dense(jnp.array([[1.0, 0.0]]), jnp.array([0.0, 0.05]), (1,))
+    return lipjax.Network(tuple(blocks), head)
+
+
+def one_by_one(weight, bias):
+    return lipjax.dense(*(jnp.asarray(np.asarray(value, np.float32)) for value in ([[weight]], [bias])), (1,))
+
+
+@pytest.mark.parametrize("as_jax", [False, True])
+@pytest.mark.parametrize(
+    ("network", "x", "eps"),
+    [
+        (chain((1, 0), (1e19, 0), (1e19, 0), theta=1e-38), 0.5, 1e-3),
+        (chain((1, 0), (1e38, 0), theta=1e-39), 0.5, 1e-3),
+        (chain((1e38, 0)), 1e-39, 0.0),
+        (chain((1e20, 0), (1e19, 0)), 1e-39, 0.0),
+        (chain((1e30, 0), (1e-39, 0), (1e9, 0)), 0.5, 1e-3),
+        (chain((0, 1e-39), (1e19, 0), (1e20, 0)), 0.5, 1e-3),
+    ],
+)
+def test_nothing_is_certified_that_rests_on_numbers_which_some_hardware_takes_for_zero(network, x, eps, as_jax):
+    # The first logit is 0.1 or more in exact arithmetic, and 0 where such numbers are flushed.
+    x = np.full((1, 1), x, np.float32)
+    for label in (0, 1):
+        given = jnp.asarray(x) if as_jax else x
+        assert not lipjax.certify(network, given, np.array([label]), eps, level="deterministic").certified.any()
+
+
 def test_nothing_is_certified_where_a_residual_sum_overflows():
     # Each doubling fits, the fourth does not, and the tiny weights after it would hide that.
     block = lipjax.Block(lipjax.dense(jnp.array([[2.0**125, 0.0]]), jnp.zeros(2), (1,)), lipjax.ReLU())

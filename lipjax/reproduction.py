@@ -171,8 +171,9 @@ def _finish(cell: Cell, seed: int, options: Options, problems: dict[str, str], s
     print(f"\n== {folder.name}", flush=True)
     try:
         config = _config(cell, seed, options)
-        _check_scale(config, folder, options)
-        runs.train(config, folder, resume=folder.exists())
+        _check_begun(config, folder, options)
+        if not runs.is_finished(config, folder):
+            runs.train(config, folder, resume=folder.exists())
         figures.plot_learning_curves(folder)
         if _summary(_certified(folder), options.limit) is None:
             certification.certify(folder, limit=options.limit, output=_certified(folder))
@@ -184,16 +185,17 @@ def _finish(cell: Cell, seed: int, options: Options, problems: dict[str, str], s
         print(f"{folder.name}: {error}", file=sys.stderr, flush=True)
 
 
-def _check_scale(config: settings.Config, folder: pathlib.Path, options: Options) -> None:
-    """Raises InputError where a run was begun at another scale, before its config says so in other words."""
+def _check_begun(config: settings.Config, folder: pathlib.Path, options: Options) -> None:
+    """Raises InputError where a run was begun with another config; if that is one of another scale, in those words."""
     if not (folder / "config.json").exists():
         return
-    begun = settings.load(folder).schedule.epochs
-    if begun != config.schedule.epochs:
+    begun = settings.load(folder)
+    if begun.schedule.epochs != config.schedule.epochs:
         raise InputError(
             f"--scale={options.scale:g} makes {config.schedule.epochs} epochs of it, but the run there was begun with "
-            f"{begun}; give its scale, or another --workdir"
+            f"{begun.schedule.epochs}; give its scale, or another --workdir"
         )
+    settings.check_same(config, begun)
 
 
 def _measured(cell: Cell, seed: int, options: Options, sample: str | None) -> Measured | None:

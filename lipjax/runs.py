@@ -64,6 +64,13 @@ def train(config: Config, workdir: pathlib.Path, *, resume: bool) -> None:
         reports.print_row(row)
 
 
+def is_finished(config: Config, workdir: pathlib.Path) -> bool:
+    """Whether a run has its last row and its last checkpoint: nothing of its state, which may be large, is read."""
+    epochs = config.schedule.epochs
+    rows = reports.read_rows(workdir, before=epochs)
+    return len(rows) == epochs and (workdir / "checkpoints" / "last" / str(epochs)).exists()
+
+
 class Run:
     """One run: what a config describes, on the devices of this process."""
 

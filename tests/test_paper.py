@@ -1,6 +1,7 @@
 """Tables and figures of the paper from one command: what is missing is run once, the rest is shown."""
 
 import csv
+import dataclasses
 import functools
 import json
 import pathlib
@@ -75,12 +76,18 @@ def test_a_table_is_measured_once_and_says_what_is_missing(small, workdir, monke
     assert lines["digits", "GloRo"]["remark"] == ""
     assert "no data set 'mnist'" in lines["MNIST", "IBP"]["remark"]
     assert "no data set 'mnist'" in capsys.readouterr().err
-    # More images or another scale are another measurement.
+    # More images, another scale or another config are another measurement; more images train nothing again.
+    trained.clear()
+    reproduction.table("table1", options(workdir, limit=30, only="digits-standard"))
+    assert trained == []
     lines = lines_of(reproduction.table("table1", options(workdir, limit=30, only="")))
     assert lines["digits", "GloRo"]["seeds"] == ""
     # So is another config; and what the user makes in the folder of a run is none.
     changed = options(workdir, overrides=(*SMALL, "--config.schedule.learning_rate=0.01"), only="")
     assert lines_of(reproduction.table("table1", changed))["digits", "GloRo"]["seeds"] == ""
+    with pytest.raises(InputError, match="digits-gloro-seed0 could not be made"):
+        reproduction.table("table1", dataclasses.replace(changed, only="digits-gloro"))
+    assert "learning_rate=0.01 differs from the run to resume" in capsys.readouterr().err
     certification.certify(workdir / "digits-gloro-seed0", eps=0.01, limit=20)
     again = lines_of(reproduction.table("table1", options(workdir, only="")))
     assert again["digits", "GloRo"] == shown["digits", "GloRo"]

@@ -99,14 +99,8 @@ def certify(parser: Parser, arguments: list[str]) -> None:
         file=options.data,
         seed=options.seed,
     )
-    names = [
-        "certificates.npz",
-        "certificates.csv",
-        *(["curves.csv"] if options.radius else []),
-        "summary.json",
-        "report.md",
-    ]
-    print(f"\nfiles: {options.output or options.workdir}/{', '.join(names)}")
+    files = "certificates.npz, certificates.csv, summary.json, report.md" + (", curves.csv" if options.radius else "")
+    print(f"\nfiles: {options.output or options.workdir}/{files}")
 
 
 def paper(parser: Parser, arguments: list[str]) -> None:

@@ -107,3 +107,15 @@ def test_all_is_sorted_without_repetition():
 
 def test_the_package_says_that_it_is_typed():
     assert (PACKAGE / "py.typed").is_file()
+
+
+def test_results_do_not_name_a_folder_of_the_machine_that_made_them():
+    root = Path(__file__).parents[1]
+    files = [
+        path for path in (root / "results").rglob("*") if path.suffix in (".txt", ".json", ".csv", ".md", ".jsonl")
+    ]
+    assert len(files) > 10
+    for path in files:
+        text = path.read_text()
+        assert str(root) not in text, path
+        assert "successful to" not in text, path  # how Orbax ends the note that it leaves beside a checkpoint

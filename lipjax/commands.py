@@ -61,8 +61,9 @@ def certify(parser: Parser, arguments: list[str]) -> None:
     """``certify.py``."""
     parser.add_argument("--workdir", type=pathlib.Path, required=True, help="folder of a run of train.py")
     parser.add_argument("--eps", type=float, help="l2 radius in [0, 1] pixels; default: the config's")
-    parser.add_argument("--split", default="test", choices=("test", "train"), help="default: test")
-    parser.add_argument("--data", type=pathlib.Path, help=DATA)
+    images = parser.add_mutually_exclusive_group()
+    images.add_argument("--split", default="test", choices=("test", "train"), help="default: test")
+    images.add_argument("--data", type=pathlib.Path, help=DATA)
     parser.add_argument("--limit", type=int, help="only the first so many images; default: all")
     parser.add_argument("--batch-size", type=int, help="images per call; default: the config's")
     parser.add_argument(

@@ -85,6 +85,11 @@ def run(name, *arguments, **options):
         ("certify.py", ["--workdir", "{tmp}"], "is not a run"),
         ("certify.py", ["--workdir", "{tmp}", "--eps", "wide"], "wide"),
         ("certify.py", ["--workdir", "{tmp}", "--split", "val"], "val"),
+        (
+            "certify.py",
+            ["--workdir", "{tmp}", "--data", "own.npz", "--split", "test"],
+            "not allowed with argument --data",
+        ),
         ("paper.py", ["table3", "--workdir", "{tmp}"], "table3"),
         ("paper.py", ["table2", "--workdir", "{tmp}", "--scale", "-1"], "--scale=-1"),
         ("paper.py", ["table2", "--workdir", "{tmp}", "--scale", "5"], "at most 1"),

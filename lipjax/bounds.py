@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from lipjax import spectral
@@ -277,6 +278,19 @@ def check_batch(network: Network, x: Array) -> None:
     if tuple(jnp.shape(x)[1:]) != network.input_shape or jnp.ndim(x) == 0:
         expected = ", ".join(map(str, ("B", *network.input_shape)))
         raise ValueError(f"x has shape {jnp.shape(x)}; expected a batch ({expected})")
+
+
+def check_labels(network: Network, x: Array, label: Array) -> None:
+    """Raises ValueError unless the labels are classes of the network, one per input."""
+    kind = getattr(label, "dtype", type(label).__name__)
+    if np.shape(label) != np.shape(x)[:1] or not np.issubdtype(getattr(label, "dtype", object), np.integer):
+        raise ValueError(f"label has shape {np.shape(label)} and type {kind}; expected {len(x)} integers in an array")
+    outside = (np.asarray(label) < 0) | (np.asarray(label) >= network.num_classes)
+    if outside.any():
+        raise ValueError(
+            f"label[{np.flatnonzero(outside)[0]}] is {np.asarray(label)[outside][0]}; expected classes from 0 to "
+            f"{network.num_classes - 1}"
+        )
 
 
 def live_rows(activation: Activation, before: Region) -> Array:

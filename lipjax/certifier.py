@@ -67,17 +67,20 @@ class Found:
         sigmas: norms of the masked layers (N, blocks).
         live: share of varying neurons (N, blocks).
         products: products that each norm took (N, blocks); zero where the norms were known.
+        finite: nothing overflowed on the way to the features, in float32 or in this pass (N,).
     """
 
     certificate: Certificate
     sigmas: np.ndarray
     live: np.ndarray
     products: np.ndarray
+    finite: np.ndarray
 
     def at(self, places: np.ndarray) -> Found:
         """What was found for the examples at some places of the batch."""
         certificate = jax.tree.map(lambda leaf: leaf[places], self.certificate)
-        return Found(certificate, self.sigmas[places], self.live[places], self.products[places])
+        tables = (table[places] for table in (self.sigmas, self.live, self.products, self.finite))
+        return Found(certificate, *tables)
 
 
 class Certifier:
@@ -126,9 +129,8 @@ class Certifier:
             # Through NumPy: XLA's own conversion takes numbers below the smallest normal one for zero.
             self.network = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf, self.level.dtype)), network)
             self.sigmas = self._global_norms()
-            sound = self.level.dtype == np.float64
             absolute = jax.jit(rounding.absolute_norm)
-            self.absolute = [absolute(block.affine) if sound else None for block in self.network.blocks]
+            self.absolute = [absolute(block.affine) for block in self.network.blocks]
 
     @property
     def global_lipschitz(self) -> float:
@@ -137,6 +139,9 @@ class Certifier:
 
     def globally(self, x: Array, label: Array, eps: Array | float) -> Found:
         """Certificates of a batch with the norms of the whole layers: no start is drawn, no iteration is made."""
+
+        bounds.check_batch(self.network, x)
+        bounds.check_labels(self.network, x, label)
 
         def known(place: int, layer: Affine, rows: Array, columns: Array) -> norms.Norms:
             return norms.known(self.sigmas[place], len(rows))
@@ -156,15 +161,18 @@ class Certifier:
 
         Args:
             x: inputs (B, ...) in [0, 1] pixels.
-            label: integers (B,).
+            label: classes of the network (B,).
             eps: l2 radius, scalar or (B,).
             index: places of the examples among all of this certifier (B,): starts are drawn by them, repetitions free.
             round_: how often these examples have been bounded before.
             ceilings: upper bounds of the norms (B, blocks) known already, as from a larger eps; default none.
 
         Raises:
-            ValueError: more examples or rounds than delta was divided by, or an example twice in a round.
+            ValueError: more examples or rounds than delta was divided by, an example twice in a round, or inputs and
+                labels that are not those of the network.
         """
+        bounds.check_batch(self.network, x)
+        bounds.check_labels(self.network, x, label)
         places = np.asarray(index)
         outside = places[(places < 0) | (places >= self.examples)]
         if outside.size or not 0 <= round_ < self.rounds:
@@ -222,7 +230,7 @@ class Certifier:
             lipschitz = jnp.broadcast_to(jnp.asarray(self.network.lipschitz(sigmas), dtype), radius.shape)
             found = _decide(self.network, region, lipschitz, jnp.asarray(label), self.level.name)
             tables = (np.asarray(table, np.float64).reshape(-1, len(x)).T for table in (sigmas, live, products))
-            return Found(jax.tree.map(np.asarray, found), *tables)
+            return Found(jax.tree.map(np.asarray, found), *tables, np.asarray(region.finite))
 
     def _global_norms(self) -> np.ndarray:
         # Much tighter than the local ones: those are bounded by it, and done as soon as they come near.
@@ -280,14 +288,19 @@ def _enter(x: Array, eps: Array) -> Region:
     return jax.vmap(l2_ball)(x, eps)
 
 
+def _is_bound(region: Region) -> bool:
+    """Whether rounding counts: the levels that are bounds compute in float64, the level ``"estimate"`` does not."""
+    return region.center.dtype == jnp.float64
+
+
 @jax.jit
-def _before(block: Block, region: Region, absolute: Array | None) -> tuple[Region, Array, Array, Array]:
+def _before(block: Block, region: Region, absolute: Array) -> tuple[Region, Array, Array, Array]:
     """Regions before the activation, the rows and columns that matter, and what rounding adds to the radius."""
 
     def one(region: Region) -> tuple[Region, Array, Array, Array]:
         layer, entering = block.affine, region.reshape(block.affine.in_shape)
         before = bounds.preactivation(layer, entering)
-        if absolute is None:
+        if not _is_bound(entering):
             return before, bounds.live_rows(block.activation, before), entering.live, jnp.zeros_like(entering.ball)
         widened = rounding.without_overflow(
             rounding.widen(before, layer, entering), rounding.magnitude(layer, entering)
@@ -302,7 +315,7 @@ def _before(block: Block, region: Region, absolute: Array | None) -> tuple[Regio
 def _after(block: Block, before: Region, sigma: Array, rounded: Array) -> tuple[Region, Array]:
     def one(before: Region, sigma: Array, rounded: Array) -> Region:
         region = bounds.activate(block.activation, before, sigma)
-        if sigma.dtype != jnp.float64:
+        if not _is_bound(region):
             return region
         return dataclasses.replace(region, radius=rounding.UP * (region.ball + rounded * block.activation.lipschitz))
 
@@ -314,7 +327,7 @@ def _after(block: Block, before: Region, sigma: Array, rounded: Array) -> tuple[
 def _join(kept: Region, region: Region) -> Region:
     def one(kept: Region, region: Region) -> Region:
         joined = bounds.join(kept, region)
-        if joined.center.dtype != jnp.float64:
+        if not _is_bound(joined):
             return joined
         widened = rounding.widen_sum(joined, kept)
         return rounding.without_overflow(widened, jnp.abs(jnp.stack(widened.box)))
@@ -326,7 +339,7 @@ def _join(kept: Region, region: Region) -> Region:
 def _decide(network: Network, features: Region, lipschitz: Array, label: Array, level: str) -> Certificate:
     def one(features: Region, lipschitz: Array, label: Array) -> Certificate:
         features = features.reshape(network.head.in_shape)
-        if features.center.dtype != jnp.float64:
+        if not _is_bound(features):
             return certificate(network, features, lipschitz, label, level)
         errors = rounding.logit_errors(network.head, features)
         features = rounding.without_overflow(features, rounding.magnitude(network.head, features))

@@ -135,12 +135,13 @@ def evaluate(
         watch.lap("radius")
         curves["median_radius"] = float(np.median(columns["radius"]))
         curves["certified_accuracy_at"] = _certified_curve(columns["radius"])
-        curves["pgd_accuracy_at"] = _pgd_curve(
+        curves["pgd_accuracy_at"], broken_at = _pgd_curve(
             network, dataset, np.flatnonzero(correct), columns["attacked"], eps, attack_key, batch_size
         )
+        curves["radii_but_attacked"] = int((correct & (columns["radius"] >= broken_at)).sum())
         watch.lap("pgd curve")
     summary = {
-        **_accuracies(columns, with_global_norms, len(local)),
+        **_accuracies(columns, with_global_norms, len(local), triage),
         "eps": eps,
         "level": certifier.level.name,
         "delta": delta if level == "probabilistic" else None,
@@ -156,7 +157,7 @@ def evaluate(
     return Evaluation(columns, summary, local, live[local], products[local])
 
 
-def _accuracies(columns: Columns, with_global_norms: np.ndarray, bounded_locally: int) -> dict[str, Any]:
+def _accuracies(columns: Columns, with_global_norms: np.ndarray, bounded_locally: int, triage: bool) -> dict[str, Any]:
     """Fractions of all examples, and the counts behind them."""
     correct = columns["prediction"] == columns["label"]
     certified, attacked = columns["certified"], columns["attacked"]
@@ -172,7 +173,8 @@ def _accuracies(columns: Columns, with_global_norms: np.ndarray, bounded_locally
         "correct_after_pgd": int((correct & ~attacked).sum()),
         "certified": int(certified.sum()),
         "certified_with_global_norms": int(with_global_norms.sum()),
-        "certified_but_attacked": int((certified & attacked).sum()),
+        # With triage nobody is attacked who is certified, or bounded who is attacked: nothing is compared.
+        "certified_but_attacked": None if triage else int((certified & attacked).sum()),
         "decided": {stage: int((columns["stage"] == stage).sum()) for stage in STAGES},
         "bounded_locally": bounded_locally,
     }
@@ -296,15 +298,16 @@ def _pgd_curve(
     eps: float,
     key: Array,
     batch_size: int,
-) -> list[list[float]]:
-    """Pairs of eps and PGD accuracy; an example that is broken at one eps is broken at every larger one."""
-    broken = np.zeros(len(dataset), bool)
+) -> tuple[list[list[float]], np.ndarray]:
+    """Pairs of eps and PGD accuracy, and the least eps at which each example was broken (N,), or infinity.
+
+    An example that is broken at one eps is broken at every larger one.
+    """
+    broken_at = np.full(len(dataset), np.inf)
     curve = [[0.0, len(correct) / len(dataset)]]
     for share in ATTACK_SHARES:
-        left = correct[~broken[correct]]
-        if share == 1:
-            broken |= attacked
-        else:
-            broken |= _broken(network, dataset, left, share * eps, key, batch_size)
-        curve.append([share * eps, float((~broken[correct]).sum() / len(dataset))])
-    return curve
+        left = correct[np.isinf(broken_at[correct])]
+        broken = attacked if share == 1 else _broken(network, dataset, left, share * eps, key, batch_size)
+        broken_at[broken & np.isinf(broken_at)] = share * eps
+        curve.append([share * eps, float(np.isinf(broken_at[correct]).sum() / len(dataset))])
+    return curve, broken_at

@@ -97,11 +97,11 @@ def certified_radii(
         asked = np.resize(places, _padded(len(places), count))
         nested = np.where((eps <= known)[:, None], ceilings, np.inf)
         found = certifier.locally(x[asked], label[asked], eps[asked], index[asked], round_, nested[asked])
-        smaller = eps[asked] <= known[asked]
-        ok = found.certificate.certified[: len(places)]
-        refused = places[~ok & smaller[: len(places)]]
-        ceilings[refused] = found.sigmas[: len(places)][~ok & smaller[: len(places)]]
-        known[refused] = eps[refused]
+        ok, sigmas, finite = (
+            table[: len(places)] for table in (found.certificate.certified, found.sigmas, found.finite)
+        )
+        kept = ~ok & finite & (eps[places] <= known[places])
+        ceilings[places[kept]], known[places[kept]] = sigmas[kept], eps[places[kept]]
         return ok
 
     rounds = range(first_round, certifier.rounds)
@@ -111,8 +111,8 @@ def certified_radii(
 def _steepest(certifier: Certifier, label: np.ndarray) -> np.ndarray:
     """An upper bound of how fast any margin of each label can fall, by the global constant."""
     rows = np.asarray(certifier.network.head.kernel).T
-    distances = np.linalg.norm(rows[:, None] - rows[None], axis=-1)
-    return certifier.global_lipschitz * distances.max(axis=1)[label]
+    distances = np.asarray([np.linalg.norm(rows - row, axis=1).max() for row in rows])
+    return certifier.global_lipschitz * distances[label]
 
 
 def _padded(count: int, whole: int) -> int:

@@ -99,8 +99,10 @@ def print_table(summary: Row) -> None:
     if "median_radius" in summary:
         print(f"certified radius: median {summary['median_radius']:.4g}, 0 for what is wrong")
     print("decided by: " + ", ".join(f"{stage} {number}" for stage, number in counts["decided"].items()))
-    if counts["certified_but_attacked"]:
-        print(
-            f"WARNING: {counts['certified_but_attacked']} examples count as certified, but PGD broke them: "
-            f"level {summary['level']} is no proof"
-        )
+    verdict = "is no proof" if summary["level"] == "estimate" else "is a bound: this is a bug, please report it"
+    for attacked, what in (
+        (counts["certified_but_attacked"], "count as certified, but PGD broke them"),
+        (summary.get("radii_but_attacked"), "were broken by PGD inside of their certified radii"),
+    ):
+        if attacked:
+            print(f"WARNING: {attacked} examples {what}: level {summary['level']} {verdict}")

@@ -56,7 +56,7 @@ def certify(
         ValueError: x is not a batch of inputs of the network, the labels do not fit it, or an option cannot be used.
     """
     _check(network, x, eps)
-    _check_labels(network, x, label)
+    bounds.check_labels(network, x, label)
     certifier = Certifier(network, len(x), level=level, delta=delta, key=key, rtol=rtol)
     found = certifier.locally(x, label, eps, jnp.arange(len(x))).certificate
     return dataclasses.replace(
@@ -103,7 +103,7 @@ def certified_radius(
         ValueError: as of :func:`certify`, or max_eps, tol or max_rounds is not more than 0.
     """
     _check(network, x, 0.0)
-    _check_labels(network, x, label)
+    bounds.check_labels(network, x, label)
     for name, value in (("max_eps", math.sqrt(x[0].size) if max_eps is None else max_eps), ("tol", tol)):
         if not (isinstance(value, numbers.Real) and value > 0 and math.isfinite(value)):
             raise ValueError(f"{name}={value!r} cannot be used; give a finite number more than 0, in pixels")
@@ -195,19 +195,6 @@ def _check(network: Network, x: Array, eps: Array | float, *, traced: bool = Fal
         raise ValueError(f"x[{np.flatnonzero(wrong)[0]}] holds NaN or infinity; expected pixels in [0, 1]")
 
 
-def _check_labels(network: Network, x: Array, label: Array) -> None:
-    """Raises unless the labels are classes of the network, one per input."""
-    kind = getattr(label, "dtype", type(label).__name__)
-    if np.shape(label) != np.shape(x)[:1] or not np.issubdtype(getattr(label, "dtype", object), np.integer):
-        raise ValueError(f"label has shape {np.shape(label)} and type {kind}; expected {len(x)} integers in an array")
-    outside = (np.asarray(label) < 0) | (np.asarray(label) >= network.num_classes)
-    if outside.any():
-        raise ValueError(
-            f"label[{np.flatnonzero(outside)[0]}] is {np.asarray(label)[outside][0]}; expected classes from 0 to "
-            f"{network.num_classes - 1}"
-        )
-
-
 def _outward(values: np.ndarray, towards: float) -> Array:
     """As float64, or as float32 rounded towards plus or minus infinity where 64 bits are not enabled."""
     if jax.config.jax_enable_x64 or values.dtype == np.float32:
@@ -215,4 +202,8 @@ def _outward(values: np.ndarray, towards: float) -> Array:
     with np.errstate(over="ignore"):  # beyond the range of float32 it becomes infinite, or the largest number
         narrow = values.astype(np.float32)
     inward = narrow < values if towards > 0 else narrow > values
-    return jnp.asarray(np.where(inward, np.nextafter(narrow, np.float32(towards)), narrow))
+    outward = np.where(inward, np.nextafter(narrow, np.float32(towards)), narrow)
+    # Numbers below the smallest normal one may be taken for zero by whoever reads them.
+    smallest = np.copysign(np.finfo(np.float32).smallest_normal, np.float32(towards))
+    tiny = (np.abs(outward) < np.abs(smallest)) & (values != 0)
+    return jnp.asarray(np.where(tiny, np.where(np.sign(values) == np.sign(smallest), smallest, 0), outward))

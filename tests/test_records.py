@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 import lipjax
-from lipjax import certification, data, recipe, records, settings
+from lipjax import certification, data, evaluation, recipe, records, settings
+from lipjax.certifier import Certifier
 from lipjax.errors import InputError
 
 SHIPPED = pathlib.Path(__file__).parents[1] / "results" / "digits"
@@ -176,6 +177,30 @@ def test_triage_changes_the_stages_and_not_who_is_certified(with_radii, without_
     assert counts[0]["bounded_locally"] < counts[1]["bounded_locally"] == LIMIT
     assert np.all(whole["lipschitz"] <= some["lipschitz"] * (1 + 1e-5))  # local constants are the smaller ones
     assert np.any(whole["lipschitz"] < some["lipschitz"] * (1 - 1e-3))
+
+
+class Credulous(Certifier):
+    """Certifies every right prediction."""
+
+    def _certify(self, x, label, eps, solve):
+        found = super()._certify(x, label, eps, solve)
+        certified = found.certificate.prediction == label
+        return dataclasses.replace(found, certificate=dataclasses.replace(found.certificate, certified=certified))
+
+
+def test_certificates_that_pgd_refutes_are_counted_and_named(with_radii, without_triage, monkeypatch, tmp_path, capsys):
+    whole = columns_of(without_triage)
+    broken = int((whole["attacked"] & (whole["prediction"] == whole["label"])).sum())
+    assert broken > 0
+    honest = [json.loads((folder / "summary.json").read_text()) for folder in (with_radii, without_triage)]
+    # With triage nobody who is certified is attacked at eps.
+    assert [summary["counts"]["certified_but_attacked"] for summary in honest] == [None, 0]
+    assert honest[0]["radii_but_attacked"] == 0
+    monkeypatch.setattr(evaluation, "Certifier", Credulous)
+    assert certify(tmp_path, triage=False)["counts"]["certified_but_attacked"] == broken
+    assert f"WARNING: {broken} examples count as certified, but PGD broke them" in capsys.readouterr().out
+    assert certify(tmp_path, radius=True)["radii_but_attacked"] >= broken
+    assert "WARNING" in capsys.readouterr().out
 
 
 # Own images

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 import lipjax
 from lipjax import Block, Certifier, Network, ReLU, dense, norms
 from lipjax.certifier import Ledger
+from lipjax.robustness import _outward
 
 KINDS = ["dense clipped", "conv relu", "dense pairs"]  # one compilation each
 BATCH = 3
@@ -190,7 +191,33 @@ def test_global_constants_without_64_bits_are_rounded_up():
         assert float(wide) <= float(narrow) <= float(wide) * (1 + 2.0**-22)
 
 
+def test_numbers_below_the_smallest_normal_one_are_not_returned_where_they_would_count_for_less():
+    """Whoever multiplies a subnormal constant may get zero."""
+    network, x, _ = case("dense clipped")
+    tiny = jax.tree.map(lambda leaf: leaf * np.float32(1e-20), network)
+    narrow, whole = lipjax.local_lipschitz(tiny, x, 0.1, key=KEY), lipjax.global_lipschitz(tiny, key=KEY)
+    with jax.enable_x64(True):
+        wide = np.asarray(lipjax.local_lipschitz(tiny, x, 0.1, key=KEY))
+    assert 0 < wide.max() < whole == 2.0**-126
+    np.testing.assert_array_equal(np.asarray(narrow), np.where(wide > 0, np.float32(2.0**-126), 0))
+    small, zero = np.array([-1e-40, 0.0, 1e-40]), np.zeros(1)
+    np.testing.assert_array_equal(_outward(small, -np.inf), np.float32([-(2.0**-126), 0, 0]))
+    np.testing.assert_array_equal(_outward(small, np.inf), np.float32([0, 0, 2.0**-126]))
+    np.testing.assert_array_equal(_outward(zero, np.inf), zero)
+
+
 # What is refused
+
+
+def test_a_certifier_refuses_inputs_and_labels_that_are_not_those_of_the_network():
+    network, x, label = case("conv relu")
+    certifier = Certifier(network, BATCH, key=KEY)
+    index = np.arange(BATCH)
+    with pytest.raises(ValueError, match="x has shape .*expected a batch"):
+        certifier.locally(np.moveaxis(np.asarray(x), -1, 1), label, 0.1, index)
+    with pytest.raises(ValueError, match=r"label\[0\] is .*expected classes from 0 to"):
+        certifier.globally(x, label + network.num_classes, 0.1)
+    certifier.locally(x, label, 0.1, index)  # what was refused has used up no start
 
 
 @pytest.mark.parametrize("function", ["certify", "local_lipschitz"])

@@ -55,9 +55,10 @@ def check_range(network: Network) -> None:
 def widen(before: Region, layer: Affine, entering: Region) -> Region:
     """The region before an activation, its box widened by what may be rounded there.
 
-    In float32, by :func:`output_errors`; in this pass, mid points, half widths, centers and row norms are sums of at
-    most ``layer.terms + 1`` terms and a few operations each, all at most |W| A + |b| with A the largest magnitudes that
-    enter.
+    In float32, by :func:`output_errors`. In this pass a bound is that of the box, |W mid + b| + |W| half, or that of the
+    ball, |W center + b| + radius ||row||: sums of ``layer.terms`` products and a few operations. The terms of the first
+    sum up to at most 2 (|W| A + |b|) with A the largest magnitudes that enter; those of the second to at most 3 of it
+    where it is the tighter one, because there radius ||row|| is no more than the width of the box.
     """
     lower, upper = before.box
     own = 4 * gamma(layer.terms + 8, UNIT64) * magnitude(layer, entering) + SMALLEST64
@@ -105,6 +106,7 @@ def _flushed(layer: Affine, entering: Region) -> Array:
     """What is lost per output where numbers below the smallest normal one count as zero: products and their factors.
 
     The constant of a dead neuron may be such a factor too: it is the same in all computations until it is read here.
+    Of a product and the addition behind it only one can lose as much: what is added to a flushed product is exact.
     """
     lower, upper = entering.box
     largest = jnp.max(jnp.maximum(jnp.abs(lower), jnp.abs(upper)))
@@ -141,7 +143,7 @@ def widen_sum(joined: Region, kept: Region) -> Region:
     lower, upper = joined.box
     largest = jnp.maximum(jnp.abs(lower), jnp.abs(upper))
     cut = jnp.abs(kept.center) + jnp.where(kept.live, kept.ball, 0)
-    slack = MORE * UNIT32 * largest + 8 * UNIT64 * cut
+    slack = MORE * UNIT32 * largest + 8 * UNIT64 * cut  # the cut is center -+ ball: two operations
     slack = jnp.where(slack == 0, 0, slack + 2 * SMALLEST32)
     radius = UP * (joined.ball + length(slack))
     live = joined.live | ~(slack == 0)
@@ -151,7 +153,8 @@ def widen_sum(joined: Region, kept: Region) -> Region:
 def logit_errors(head: Dense, features: Region) -> Array:
     """How far each float32 logit may be from the exact one for the same float32 features (classes,).
 
-    With room for the rounding of the margins, which are float64 and of the size of these sums or of the ball's part.
+    With room for the rounding of the margins, which are float64 and of the size of these sums or of the ball's part:
+    up to 2^23 terms of 2^-53 each are 2^-30 of it.
     """
     ball = head.row_norms(jnp.ones(head.in_shape, bool)) * features.ball
     return output_errors(head, features) + 2.0**-30 * ball

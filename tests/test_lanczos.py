@@ -306,6 +306,43 @@ def test_a_start_with_the_smallest_part_that_counts_never_fails(name, part):
         assert np.all(upper >= values[0])
 
 
+def top_direction(matrix):
+    """The first right singular vector and value in extended precision, by Newton's method from those of float64."""
+    extended = matrix.astype(np.longdouble)
+    values, vectors = np.linalg.eigh(matrix.T @ matrix)
+    top = vectors[:, -1].astype(np.longdouble)
+    for _ in range(4):
+        top /= np.sqrt(top @ top)
+        image = extended.T @ (extended @ top)
+        value = top @ image
+        residual = (image - value * top).astype(float)
+        top = top - vectors[:, :-1] @ ((vectors[:, :-1].T @ residual) / (values[:-1] - float(value)))
+    return top, float(np.sqrt(value))
+
+
+@pytest.mark.skipif(np.finfo(np.longdouble).eps > 1e-18, reason="there is no extended precision here")
+def test_rounding_that_is_larger_than_the_part_of_a_start_reveals_as_many_as_it_hides():
+    """So the stated probability holds over start and rounding together, where it does not for every start."""
+    rng, count, part, reach = np.random.default_rng(0), 300, 1e-14, 20
+    matrix = with_spectrum(rng, 120, np.append(1, np.linspace(1 - 1e-4, 0.5, 119)))
+    top, sigma = top_direction(matrix)
+
+    def failures(parts):
+        start = rng.standard_normal((count, 120)).astype(np.longdouble)
+        for _ in range(2):
+            start -= (start @ top)[:, None] * top[None]
+        start *= np.sqrt((1 - parts**2) / np.sum(start**2, axis=1))[:, None]
+        start = (start + parts[:, None] * top[None]).astype(np.float64)
+        _, upper, _ = enclosed(np.repeat(matrix[None], count, 0), start, part, rtol=0, max_steps=160)
+        return np.sum(upper < sigma)
+
+    share = 1 / reach  # of uniform parts that are smaller
+    uniform = rng.uniform(-reach * part, reach * part, count).astype(np.longdouble)
+    assert failures(uniform) <= count * share + 2 * math.sqrt(count * share)
+    # The smallest part that should count is below what rounding leaves of it.
+    assert failures(np.full(count, part, np.longdouble)) > 0
+
+
 def test_a_process_that_breaks_down_does_not_forget_a_part_that_counts():
     values, part = np.where(np.arange(24) == 0, 1.1, 1.0), 1e-13
     start = np.zeros((1, 24))

@@ -55,10 +55,10 @@ def check_range(network: Network) -> None:
 def widen(before: Region, layer: Affine, entering: Region) -> Region:
     """The region before an activation, its box widened by what may be rounded there.
 
-    In float32, by :func:`output_errors`. In this pass a bound is that of the box, |W mid + b| + |W| half, or that of the
-    ball, |W center + b| + radius ||row||: sums of ``layer.terms`` products and a few operations. The terms of the first
-    sum up to at most 2 (|W| A + |b|) with A the largest magnitudes that enter; those of the second to at most 3 of it
-    where it is the tighter one, because there radius ||row|| is no more than the width of the box.
+    In float32, by :func:`output_errors`. In this pass a bound is that of the box, |W mid + b| + |W| half, or that
+    of the ball, |W center + b| + radius ||row||: sums of ``layer.terms`` products and a few operations. The terms
+    of the first sum up to at most 2 (|W| A + |b|) with A the largest magnitudes that enter; those of the second to
+    at most 3 of it where it is the tighter one, because there radius ||row|| is no more than the width of the box.
     """
     lower, upper = before.box
     own = 4 * gamma(layer.terms + 8, UNIT64) * magnitude(layer, entering) + SMALLEST64

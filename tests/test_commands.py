@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import runpy
 import subprocess
 import sys
 
@@ -66,11 +67,6 @@ def test_a_config_of_version_0_2_is_read_as_what_it_was(tmp_path):
     settings.check_same(config, settings.load(tmp_path))
 
 
-def run(name, *arguments, **options):
-    command = [sys.executable, str(ROOT / name), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120, check=False, **options)
-
-
 @pytest.mark.parametrize(
     ("name", "arguments", "part"),
     [
@@ -87,7 +83,7 @@ def run(name, *arguments, **options):
         ("certify.py", ["--workdir", "{tmp}", "--split", "val"], "val"),
         (
             "certify.py",
-            ["--workdir", "{tmp}", "--data", "own.npz", "--split", "test"],
+            ["--workdir", "{tmp}", "--data", "x.npz", "--split", "train"],
             "not allowed with argument --data",
         ),
         ("paper.py", ["table3", "--workdir", "{tmp}"], "table3"),
@@ -96,20 +92,24 @@ def run(name, *arguments, **options):
         ("paper.py", ["table2", "--workdir", "{tmp}", "--only", "mnist_4c3f-standrd"], "mnist_4c3f-standard, "),
     ],
 )
-def test_scripts_exit_with_2_and_one_line(name, arguments, part, tmp_path):
-    filled = [argument.format(tmp=tmp_path) for argument in arguments]
-    done = run(name, *filled)
-    assert done.returncode == 2
-    lines = done.stderr.strip().splitlines()
-    assert len(lines) == 1, done.stderr
+def test_scripts_exit_with_2_and_one_line(name, arguments, part, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", [name, *(argument.format(tmp=tmp_path) for argument in arguments)])
+    with pytest.raises(SystemExit) as caught:
+        runpy.run_path(name, run_name="__main__")
+    assert caught.value.code == 2
+    out, err = capsys.readouterr()
+    lines = err.strip().splitlines()
+    assert len(lines) == 1, err
     assert lines[0].startswith(f"{name}: ")
     assert part.format(tmp=tmp_path) in lines[0]
-    assert done.stdout == ""
+    assert out == ""
 
 
 @pytest.mark.parametrize("name", ["train.py", "certify.py", "paper.py"])
 def test_help_shows_examples(name):
-    done = run(name, "--help")
+    command = [sys.executable, str(ROOT / name), "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120, check=False)
     assert done.returncode == 0
     assert "Examples:" in done.stdout
     assert f"python {name}" in done.stdout

@@ -119,6 +119,7 @@ def figure(name: str, options: Options) -> pathlib.Path:
             raise InputError(f"{name}: the run {cell.name} could not be made: {', '.join(problems.values())}")
         found[label] = measured
     local = found["Local-Lip-B"]
+    title = f"{title} ({local.summary['dataset']}, {len(local.rows)} epochs)"
     path = options.workdir / f"{name}.png"
     curves = {label: measured.rows for label, measured in found.items()}
     if name == "figure2":

@@ -71,7 +71,7 @@ def oracle_margin(network, x, eps, label):
 # Bounds against the oracle, from below and from above
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(networks, SEEDS, EPS)
 def test_local_constants_are_never_below_the_oracle_and_never_above_the_global_one(network, seed, eps):
     x = oracles.random_inputs(network, seed, BATCH)

@@ -129,8 +129,6 @@ class Certifier:
             # Through NumPy: XLA's own conversion takes numbers below the smallest normal one for zero.
             self.network = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf, self.level.dtype)), network)
             self.sigmas = self._global_norms()
-            absolute = jax.jit(rounding.absolute_norm)
-            self.absolute = [absolute(block.affine) for block in self.network.blocks]
 
     @property
     def global_lipschitz(self) -> float:
@@ -221,9 +219,8 @@ class Certifier:
                 elif isinstance(step, Join):
                     region = _join(kept.pop(), region)
                 else:
-                    place = len(solved)
-                    before, rows, columns, rounded = _before(step, region, self.absolute[place])
-                    solved.append(solve(place, step.affine, rows, columns))
+                    before, rows, columns, rounded = _before(step, region)
+                    solved.append(solve(len(solved), step.affine, rows, columns))
                     region, share = _after(step, before, jnp.asarray(solved[-1].sigma, dtype), rounded)
                     live.append(share)
             sigmas, products = [norm.sigma for norm in solved], [norm.products for norm in solved]
@@ -294,7 +291,7 @@ def _is_bound(region: Region) -> bool:
 
 
 @jax.jit
-def _before(block: Block, region: Region, absolute: Array) -> tuple[Region, Array, Array, Array]:
+def _before(block: Block, region: Region) -> tuple[Region, Array, Array, Array]:
     """Regions before the activation, the rows and columns that matter, and what rounding adds to the radius."""
 
     def one(region: Region) -> tuple[Region, Array, Array, Array]:
@@ -306,7 +303,7 @@ def _before(block: Block, region: Region, absolute: Array) -> tuple[Region, Arra
             rounding.widen(before, layer, entering), rounding.magnitude(layer, entering)
         )
         rows = bounds.live_rows(block.activation, widened)
-        return widened, rows, entering.live, rounding.error_norm(layer, entering, rows, absolute)
+        return widened, rows, entering.live, rounding.error_norm(layer, entering, rows)
 
     return jax.vmap(one)(region)
 

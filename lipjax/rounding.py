@@ -83,16 +83,15 @@ def output_errors(layer: Affine, entering: Region) -> Array:
     return _relative(layer) * jnp.minimum(magnitude(layer, entering), around) + _flushed(layer, entering)
 
 
-def error_norm(layer: Affine, entering: Region, rows: Array, absolute_norm: Array) -> Array:
+def error_norm(layer: Affine, entering: Region, rows: Array) -> Array:
     """The same for all outputs that matter together, as an l2 norm: what the layer adds to the radius behind it.
 
     Args:
         layer: the affine layer; activations after it are exact.
         entering: the region before it.
         rows: which outputs matter, boolean (out_shape).
-        absolute_norm: upper bound of || |W| ||.
     """
-    around = length(jnp.where(rows, _around(layer, entering), 0)) + absolute_norm * entering.ball
+    around = length(jnp.where(rows, _around(layer, entering), 0)) + absolute_norm(layer) * entering.ball
     each, tiny = (length(jnp.where(rows, some(layer, entering), 0)) for some in (output_errors, _flushed))
     return jnp.minimum(each, _relative(layer) * around + tiny)
 

@@ -148,7 +148,7 @@ def features_region(network, center, eps):
         wide, eps = in_float64(network), jnp.full(1, eps, jnp.float64)
         region = certifier._enter(jnp.asarray(center, jnp.float64)[None], eps)
         for block, (matrix, _) in zip(wide.blocks, oracles.DenseNetwork(network).layers, strict=True):
-            before, rows, columns, rounded = certifier._before(block, region, rounding.absolute_norm(block.affine))
+            before, rows, columns, rounded = certifier._before(block, region)
             masked = matrix * np.asarray(rows).reshape(-1, 1) * np.asarray(columns).reshape(1, -1)
             sigma = jnp.full(1, oracles.spectral_norm(masked) * (1 + 1e-12), jnp.float64)
             region, _ = certifier._after(block, before, sigma, rounded)
@@ -249,7 +249,7 @@ def test_a_sum_of_constants_that_float32_rounds_counts_as_varying():
     with jax.enable_x64(True):
         regions = [certifier._enter(jnp.zeros((1, 1)), jnp.full(1, 0.1))]
         for block in map(in_float64, (constant(1, 0.1), constant(2, 0.2))):
-            before, _, _, rounded = certifier._before(block, regions[-1], rounding.absolute_norm(block.affine))
+            before, _, _, rounded = certifier._before(block, regions[-1])
             regions.append(certifier._after(block, before, jnp.zeros(1), rounded)[0])
         joined = jax.tree.map(np.asarray, certifier._join(*regions[1:]))
     assert not np.any([regions[1].live, regions[2].live])
@@ -287,6 +287,19 @@ def test_what_was_rounded_before_a_layer_grows_by_the_norm_of_the_masked_layer()
     region, _ = features_region(network, np.array([1.0, 100.0], np.float32), 0.0)
     np.testing.assert_array_equal(region.live, [True, False])
     assert 100 * rounding.UNIT32 < region.radius < 1000 * rounding.UNIT32
+
+
+def test_a_rounding_that_is_not_a_number_certifies_nothing():
+    block = Block(dense(jnp.eye(2), jnp.zeros(2), (2,)), ReLU())
+    with jax.enable_x64(True):
+        network = in_float64(Network((block,), dense(jnp.eye(2), jnp.zeros(2), (2,))))
+        before, _, _, rounded = certifier._before(
+            network.blocks[0], certifier._enter(jnp.array([[0.9, 0.1]]), jnp.full(1, 0.01))
+        )
+        for factor in (1.0, jnp.nan):
+            features, _ = certifier._after(network.blocks[0], before, jnp.ones(1), factor * rounded)
+            found = certifier._decide(network, features, jnp.ones(1), jnp.zeros(1, int), "deterministic")
+            assert bool(found.certified[0]) == (factor == 1)
 
 
 def test_magnitude_by_hand():

@@ -26,7 +26,7 @@ def main() -> None:
     options = parser.parse_args()
     config = settings.load(options.workdir)
     dataset = load(config.data.name, "test", config.data.dir, config.data.cache)
-    model, _ = recipe.restore_model(options.workdir, config, dataset, "best")
+    model, _, _ = recipe.restore_model(options.workdir, config, dataset, "best")
     network = from_flax(model, dataset.images.shape[1:])
     chosen, eps = dataset.take(slice(options.limit)), options.eps or config.eps
     print(f"{config.data.name}, {len(chosen)} images, eps {eps:g}; after global bounds and attack, local bounds of")

@@ -7,9 +7,13 @@ METHODS = {
     "local_gloro": {"norms": "local", "margins": "pairwise_lipschitz", "loss": "gloro"},
     "local_bcp": {"norms": "local", "margins": "box_and_ball", "loss": "cross_entropy"},
     "local_lmt": {"norms": "local", "margins": "lipschitz_margin", "loss": "cross_entropy"},
+    "local_dual": {"norms": "local", "margins": "dual", "loss": "gloro"},
+    "local_dual_b": {"norms": "local", "margins": "dual", "loss": "cross_entropy"},
     "gloro": {"norms": "global", "margins": "pairwise_lipschitz", "loss": "gloro"},
     "bcp": {"norms": "global", "margins": "box_and_ball", "loss": "cross_entropy"},
     "lmt": {"norms": "global", "margins": "lipschitz_margin", "loss": "cross_entropy"},
+    "dual": {"norms": "global", "margins": "dual", "loss": "gloro"},
+    "dual_b": {"norms": "global", "margins": "dual", "loss": "cross_entropy"},
     "ibp": {"norms": "none", "margins": "box_and_ball", "loss": "cross_entropy"},
     "standard": {"norms": "none", "margins": "none", "loss": "clean"},
     "at": {"norms": "none", "margins": "none", "loss": "adversarial"},  # l2 PGD, 10 steps of eps / 4: our choice
@@ -52,6 +56,8 @@ def base(method: str | None, default: str = "local_gloro") -> ConfigDict:
     config.power_iteration.start = "saved"  # each example's own vector, or "random" in every step
     config.power_iteration.global_layers = ()  # places of weight layers that use their global norm
     config.sparsity = ConfigDict({"weight": 0.0, "weight_theta": 1.0})  # of the sparsity loss, and of clips in it
+    config.dual = ConfigDict({"num_rivals": 2})  # rivals whose margins the dual methods bound, the strongest ones
+    config.dual.num_steps = 6  # of the search for the weight of each ball
     config.probe = ConfigDict({"size": 16, "max_iters": 2000})  # examples whose converged norms every epoch logs
     config.checkpoint = ConfigDict({"every": 1})  # epochs
     config.certify = ConfigDict({"limit": 1000, "batch_size": 250})  # test images certified at the end; 0: none

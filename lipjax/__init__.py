@@ -6,6 +6,8 @@ example. The scripts ``train.py`` and ``certify.py`` are built from them.
 
 from importlib.metadata import version as _version
 
+from lipjax.activations import ClippedMaxMin, ClippedReLU, Identity, MaxMin, MaxPool, ReLU
+from lipjax.ascent import ascend
 from lipjax.attacks import pgd
 from lipjax.bounds import (
     Bounds,
@@ -20,19 +22,8 @@ from lipjax.bounds import (
 )
 from lipjax.certificates import Certificate
 from lipjax.certifier import Certifier
-from lipjax.layers import (
-    ClippedMaxMin,
-    ClippedReLU,
-    Conv,
-    Dense,
-    Identity,
-    MaxMin,
-    MaxPool,
-    ReLU,
-    Scale,
-    convolution,
-    dense,
-)
+from lipjax.dual import Multipliers, dual_margins
+from lipjax.layers import Conv, Dense, Scale, convolution, dense
 from lipjax.losses import cross_entropy, gloro, mixed, sparsity, trades
 from lipjax.margins import box_and_ball, lipschitz_margin, pairwise_lipschitz, worst_logits, worst_margin
 from lipjax.models import Residual
@@ -41,6 +32,7 @@ from lipjax.reading import from_flax
 from lipjax.records import load_certificates
 from lipjax.regions import Region, l2_ball
 from lipjax.robustness import certified_radius, certify, global_lipschitz, local_lipschitz
+from lipjax.rule import Rule
 from lipjax.spectral import LinearMap, converged_norm, power_iteration
 
 __version__ = _version("lipjax")
@@ -62,14 +54,17 @@ __all__ = [
     "LinearMap",
     "MaxMin",
     "MaxPool",
+    "Multipliers",
     "Network",
     "RandomStarted",
     "ReLU",
     "Region",
     "Residual",
+    "Rule",
     "Scale",
     "WarmStarted",
     "__version__",
+    "ascend",
     "box_and_ball",
     "certified_radius",
     "certify",
@@ -77,6 +72,7 @@ __all__ = [
     "convolution",
     "cross_entropy",
     "dense",
+    "dual_margins",
     "from_flax",
     "full_row_norms",
     "global_lipschitz",

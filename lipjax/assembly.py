@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from lipjax import layers
+from lipjax import activations, layers
 from lipjax.convolutions import Padding, Pair
 from lipjax.networks import Block, Fork, Join, Network, Step
 
@@ -80,7 +80,7 @@ class Assembly:
             scale, shift = scale * self.waiting[0], scale * self.waiting[1] + shift
         self.waiting = (scale, shift)
 
-    def activation(self, make: Callable[[Shape], layers.Activation], *, elementwise: bool = True) -> None:
+    def activation(self, make: Callable[[Shape], activations.Activation], *, elementwise: bool = True) -> None:
         """An activation, made for the shape of the affine layer that it follows.
 
         One that is not element-wise needs the shape that it has in the model, also after a reshape.
@@ -93,7 +93,7 @@ class Assembly:
 
     def max_pool(self, window: Pair, stride: Pair, padding: Padding) -> None:
         """Maximum over windows of an image."""
-        self.activation(lambda shape: layers.MaxPool(shape, window, stride, padding), elementwise=False)
+        self.activation(lambda shape: activations.MaxPool(shape, window, stride, padding), elementwise=False)
         sizes = zip(self.shape[:2], padding, window, stride, strict=True)
         self.shape = (*((n + sum(pad) - k) // s + 1 for n, pad, k, s in sizes), self.shape[2])
 
@@ -132,7 +132,7 @@ class Assembly:
         return Network(tuple(self.steps[:-1]), last.affine, self.input_shape)
 
     def _affine(self, layer: layers.Affine) -> Block:
-        block = Block(layer, layers.Identity())
+        block = Block(layer, activations.Identity())
         self.steps.append(block)
         self.shape = layer.out_shape
         return block
@@ -140,7 +140,7 @@ class Assembly:
     def _open_block(self) -> Block | None:
         """The last step, if it is an affine layer without an activation."""
         last = self.steps[-1] if self.steps else None
-        return last if isinstance(last, Block) and last.activation == layers.Identity() else None
+        return last if isinstance(last, Block) and last.activation == activations.Identity() else None
 
     def _aligned(self, array: Array) -> Array:
         """With one axis for each of the activation."""

@@ -17,8 +17,9 @@ import numpy as np
 from jax import Array
 
 from lipjax import spectral
-from lipjax.layers import Activation, Affine
-from lipjax.networks import Fork, Join, Network
+from lipjax.activations import Activation
+from lipjax.layers import Affine
+from lipjax.networks import Block, Network
 from lipjax.regions import Region, all_finite
 from lipjax.spectral import LinearMap
 
@@ -43,8 +44,10 @@ class Bounds:
     """What one pass finds out, for one example. Tuples have one entry per block.
 
     Attributes:
+        input: the first region.
         features: the region that contains the features of every input of the first region.
-        preactivations: the regions between affine layer and activation; their box is what the masks come from.
+        preactivations: the regions between affine layer and activation. Their box is what the masks come from; their
+            ``live`` are the rows that matter to the activation, and their ball is one of those rows alone.
         live: boolean masks of the activations that vary.
         sigmas: norms of the masked layers (blocks,).
         lipschitz: their product: a bound of the local Lipschitz constant of the feature map over the region, as good
@@ -52,12 +55,23 @@ class Bounds:
         norm_results: what the norm handed back for each block.
     """
 
+    input: Region
     features: Region
     preactivations: tuple[Region, ...]
     live: tuple[Array, ...]
     sigmas: Array
     lipschitz: Array
     norm_results: tuple[Any, ...]
+
+    @property
+    def radii(self) -> Array:
+        """Radii (blocks,) of the balls of the pre-activations, over the rows that matter.
+
+        Raises:
+            ValueError: the pass had no ball.
+        """
+        radii = [region.ball for region in self.preactivations]
+        return jnp.stack(radii, axis=-1) if radii else jnp.zeros_like(self.lipschitz)[..., None][..., :0]
 
 
 def masked_row_norms(layer: Affine, live: Array) -> Array:
@@ -96,34 +110,30 @@ def propagate(network: Network, region: Region, norm: Norm, row_norms: RowNorms 
     Reference:
         [H21] sections 3.1 and 3.2.
     """
-    preactivations, live, sigmas, norm_results, kept = [], [], [], [], []
-    for step in network.steps:
-        if isinstance(step, Fork):
-            kept.append(region)
-            continue
-        if isinstance(step, Join):
-            region = join(kept.pop(), region)
-            continue
+    preactivations, live, sigmas, norm_results = [], [], [], []
+
+    def block(place: int, step: Block, region: Region) -> Region:
         region = region.reshape(step.affine.in_shape)
         before = preactivation(step.affine, region, row_norms)
-        if before.radius is None:
-            sigma, result = None, None
-        else:
-            rows = live_rows(step.activation, before)
-            sigma, result = norm(len(sigmas), linear_map(step.affine).masked(rows, region.live))
-        region = activate(step.activation, before, sigma)
+        rows, sigma, result = live_rows(step.activation, before), None, None
+        if region.radius is not None:
+            sigma, result = norm(place, linear_map(step.affine).masked(rows, region.live))
+        before = dataclasses.replace(before, radius=None if sigma is None else region.ball * sigma, live=rows)
+        after = activate(step.activation, before)
         preactivations.append(before)
-        live.append(region.live)
+        live.append(after.live)
         norm_results.append(result)
         sigmas.append(jnp.ones_like(region.center, shape=()) if sigma is None else sigma)
-    region = region.reshape(network.head.in_shape)
-    stacked = jnp.stack(sigmas) if sigmas else jnp.ones_like(region.center, shape=(0,))
+        return after
+
+    features = network.walk(region, block, join).reshape(network.head.in_shape)
+    stacked = jnp.stack(sigmas) if sigmas else jnp.ones_like(features.center, shape=(0,))
     lipschitz = jnp.asarray(network.lipschitz(stacked), stacked.dtype)
-    return Bounds(region, tuple(preactivations), tuple(live), stacked, lipschitz, tuple(norm_results))
+    return Bounds(region, features, tuple(preactivations), tuple(live), stacked, lipschitz, tuple(norm_results))
 
 
 def preactivation(layer: Affine, region: Region, row_norms: RowNorms = masked_row_norms) -> Region:
-    """The region after an affine layer and before its activation; ``radius`` is still that of the layer's input."""
+    """The box after an affine layer and before its activation; which rows matter, and their ball, follow from it."""
     center = layer(region.center)
     lower, upper = None, None
     if region.lower is not None and region.upper is not None:
@@ -134,16 +144,16 @@ def preactivation(layer: Affine, region: Region, row_norms: RowNorms = masked_ro
             ball = region.radius * row_norms(layer, region.live)
             lower, upper = jnp.maximum(lower, center - ball), jnp.minimum(upper, center + ball)
     finite = region.finite & all_finite(lower, upper, center)
-    return Region(lower, upper, center, region.radius, jnp.ones(center.shape, bool), finite)
+    return Region(lower, upper, center, None, jnp.ones(center.shape, bool), finite)
 
 
-def activate(activation: Activation, before: Region, sigma: Array | None) -> Region:
-    """The region after an activation, given the norm of the masked layer before it."""
-    radius = None if before.radius is None or sigma is None else before.radius * sigma * activation.lipschitz
+def activate(activation: Activation, before: Region) -> Region:
+    """The region after an activation."""
+    radius = None if before.radius is None else before.radius * activation.lipschitz
     center = activation(before.center)
     finite = before.finite & all_finite(center, radius)
     if before.lower is None or before.upper is None:
-        return Region(None, None, center, radius, before.live, finite)
+        return Region(None, None, center, radius, jnp.ones(center.shape, bool), finite)
     lower, upper = activation(before.lower), activation(before.upper)
     return Region(lower, upper, center, radius, activation.live_outputs(before.lower, before.upper), finite)
 
@@ -280,16 +290,16 @@ def check_batch(network: Network, x: Array) -> None:
         raise ValueError(f"x has shape {jnp.shape(x)}; expected a batch ({expected})")
 
 
-def check_labels(network: Network, x: Array, label: Array) -> None:
-    """Raises ValueError unless the labels are classes of the network, one per input."""
+def check_labels(num_classes: int, x: Array, label: Array) -> None:
+    """Raises ValueError unless the labels are classes from 0 on, one per input."""
     kind = getattr(label, "dtype", type(label).__name__)
     if np.shape(label) != np.shape(x)[:1] or not np.issubdtype(getattr(label, "dtype", object), np.integer):
         raise ValueError(f"label has shape {np.shape(label)} and type {kind}; expected {len(x)} integers in an array")
-    outside = (np.asarray(label) < 0) | (np.asarray(label) >= network.num_classes)
+    outside = (np.asarray(label) < 0) | (np.asarray(label) >= num_classes)
     if outside.any():
         raise ValueError(
             f"label[{np.flatnonzero(outside)[0]}] is {np.asarray(label)[outside][0]}; expected classes from 0 to "
-            f"{network.num_classes - 1}"
+            f"{num_classes - 1}"
         )
 
 

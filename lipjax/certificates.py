@@ -9,8 +9,9 @@ import jax.numpy as jnp
 from jax import Array
 
 from lipjax import margins
+from lipjax.bounds import Bounds
 from lipjax.networks import Network
-from lipjax.regions import Region, all_finite
+from lipjax.regions import all_finite
 
 
 @jax.tree_util.register_dataclass
@@ -24,6 +25,7 @@ class Certificate:
         lipschitz: Lipschitz constant of the feature map on the eps-ball (B,).
         certified: the prediction is the label, and no perturbation below eps changes it (B,).
         level: what the norms behind it are worth: with ``"estimate"`` it is no proof.
+        domain: which inputs it is about: ``"ball"``, the whole l2 ball, or ``"pixels"``, what of it lies in [0, 1].
     """
 
     prediction: Array
@@ -31,27 +33,23 @@ class Certificate:
     lipschitz: Array
     certified: Array
     level: str = dataclasses.field(metadata={"static": True})
+    domain: str = dataclasses.field(default="ball", metadata={"static": True})
 
 
-def certificate(
-    network: Network, features: Region, lipschitz: Array, label: Array, level: str, errors: Array | float = 0.0
-) -> Certificate:
-    """The certificate of one example from the region of its features.
+def certificate(network: Network, bounds: Bounds, all_margins: Array, label: Array, level: str) -> Certificate:
+    """The certificate of one example.
 
     Args:
         network: the classifier.
-        features: where the features of the eps-ball lie.
-        lipschitz: constant of the feature map on the ball.
+        bounds: of the eps-ball.
+        all_margins: lower bounds of the margins (classes,) for the inference that the certificate is about.
         label: integer scalar.
         level: what the norms are worth.
-        errors: how far each logit may be off in the inference that the certificate is about, scalar or (classes,).
     """
-    logits = network.head(features.center)
-    wide = jnp.broadcast_to(errors, logits.shape)
-    all_margins = margins.box_and_ball(network.head, features, label) - (wide + wide[label])
+    logits = network.head(bounds.features.center)
     worst = margins.worst_margin(all_margins, label)
     prediction = jnp.argmax(logits)
-    finite = features.finite & all_finite(logits, worst, lipschitz)
+    finite = bounds.features.finite & all_finite(logits, worst, bounds.lipschitz)
     # A tie has margin 0 and a NaN compares false, so neither is certified.
     certified = finite & (prediction == label) & (worst > 0)
-    return Certificate(prediction, worst, lipschitz, certified, level)
+    return Certificate(prediction, worst, bounds.lipschitz, certified, level, bounds.input.domain)

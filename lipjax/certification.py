@@ -17,6 +17,8 @@ from lipjax.evaluation import evaluate
 from lipjax.reading import from_flax
 from lipjax.records import fingerprint, save_certificates
 
+PROGRESS = "certification.partial.npz"  # what is known of one that is under way
+
 
 def certify(
     workdir: pathlib.Path,
@@ -29,6 +31,7 @@ def certify(
     output: pathlib.Path | None = None,
     file: pathlib.Path | None = None,
     seed: int | None = None,
+    resume: bool = False,
     **options: Any,
 ) -> dict[str, Any]:
     """Certify a trained model of a run, print the table and write certificates and summary.
@@ -43,7 +46,10 @@ def certify(
         output: folder of the files; default the run's.
         file: certify the images of this ``.npz`` in place of a split; see :func:`lipjax.data.from_file`.
         seed: of the starts of norms and attacks; default the config's.
-        **options: ``level``, ``delta``, ``rtol``, ``triage`` and ``radius`` as of :func:`lipjax.evaluation.evaluate`.
+        resume: go on with a certification of the same options into the same folder that was killed.
+        **options: ``level``, ``delta``, ``rtol``, ``stages``, ``dual_steps``, ``domain``, ``triage`` and ``radius`` as
+        of
+            :func:`lipjax.evaluation.evaluate`.
 
     Returns:
         The summary, as in ``summary.json``.
@@ -62,13 +68,17 @@ def certify(
         dataset = load(config.data.name, split, config.data.dir, config.data.cache)
     else:
         dataset = from_file(file, config.data.name)
-    model, facts = recipe.restore_model(workdir, config, dataset, which)
+    model, rule, facts = recipe.restore_model(workdir, config, dataset, which)
     network = from_flax(model, dataset.images.shape[1:])
     chosen = dataset.take(slice(limit))
     seed = config.seed if seed is None else seed
     size = batch_size or config.certify.batch_size
+    folder = output or workdir
+    progress = folder / PROGRESS
+    if not resume:
+        progress.unlink(missing_ok=True)
     try:
-        found = evaluate(network, chosen, eps, batch_size=size, seed=seed, **options)
+        found = evaluate(network, chosen, eps, batch_size=size, seed=seed, rule=rule, progress=progress, **options)
     except ValueError as error:
         raise InputError(str(error)) from None
     summary = {
@@ -86,10 +96,10 @@ def certify(
         "device": jax.devices()[0].device_kind,
         "versions": versions(),
     }
-    folder = output or workdir
     save_certificates(folder, found.columns, summary)
     reports.print_table(summary)
     figures.write_report(folder, found, chosen, summary)
+    progress.unlink(missing_ok=True)
     return summary
 
 

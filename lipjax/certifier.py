@@ -15,49 +15,19 @@ from jax import Array
 
 from lipjax import bounds, norms, rounding
 from lipjax.certificates import Certificate, certificate
+from lipjax.dual import forward_margins
+from lipjax.enclosures import EXACT, Enclosure, Solve, enclose, enter
 from lipjax.layers import Affine
-from lipjax.networks import Block, Fork, Join, Network
-from lipjax.regions import Region, l2_ball
+from lipjax.ledger import Ledger, checked_key
+from lipjax.masks import Rows
+from lipjax.networks import Network
+from lipjax.pairs import Ascent, Starts, proven_margins
+from lipjax.regions import check_domain
 
 LEAST_EPS = 1e-100
 
 
-@dataclasses.dataclass
-class Ledger:
-    """What the norms of one certifier have cost, and how tight they came out.
-
-    Attributes:
-        planned: starts that delta was divided by.
-        starts: starts drawn.
-        delta_per_start: probability of failure of each, not a number where it has none.
-        products: products with a layer or its transpose, of one example.
-        largest_gap: the largest upper / lower - 1 of a norm, not a number for estimates.
-    """
-
-    planned: int
-    delta_per_start: float
-    starts: int = 0
-    products: int = 0
-    largest_gap: float = math.nan
-
-    def enter(self, found: norms.Norms) -> None:
-        """Count what was spent on some norms."""
-        self.starts += int(found.drawn.sum())
-        self.products += int(found.products.sum())
-        self.largest_gap = float(np.fmax.reduce(found.gap, initial=self.largest_gap))
-
-    def facts(self) -> dict[str, float | None]:
-        """Ready for JSON; None where a figure has no meaning at this level."""
-        facts = {
-            "starts_planned": self.planned,
-            "starts_drawn": self.starts,
-            "delta_per_start": self.delta_per_start,
-            "products": self.products,
-            "largest_gap": self.largest_gap,
-        }
-        return {name: None if math.isnan(value) else value for name, value in facts.items()}
-
-
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Found:
     """Bounds of N examples.
@@ -65,22 +35,24 @@ class Found:
     Attributes:
         certificate: of each example.
         sigmas: norms of the masked layers (N, blocks).
+        rows: the rows of each block (N, ...) that these are norms of.
         live: share of varying neurons (N, blocks).
         products: products that each norm took (N, blocks); zero where the norms were known.
         finite: nothing overflowed on the way to the features, in float32 or in this pass (N,).
+        dual_steps: steps of ascent that the dual took, of all rivals (N,).
     """
 
     certificate: Certificate
     sigmas: np.ndarray
+    rows: Rows
     live: np.ndarray
     products: np.ndarray
     finite: np.ndarray
+    dual_steps: np.ndarray
 
     def at(self, places: np.ndarray) -> Found:
         """What was found for the examples at some places of the batch."""
-        certificate = jax.tree.map(lambda leaf: leaf[places], self.certificate)
-        tables = (table[places] for table in (self.sigmas, self.live, self.products, self.finite))
-        return Found(certificate, *tables)
+        return jax.tree.map(lambda leaf: leaf[places], self)
 
 
 class Certifier:
@@ -97,6 +69,7 @@ class Certifier:
         key: the starts are drawn from it; it must not depend on the examples or on the network.
         rounds: how often each example may be bounded.
         rtol: relative gap at which a norm is tight enough.
+        domain: which inputs are certified: ``"ball"``, or ``"pixels"``, what of it lies in [0, 1].
 
     Raises:
         ValueError: an option that cannot be used, named with its value.
@@ -112,8 +85,10 @@ class Certifier:
         key: Array | None = None,
         rounds: int = 1,
         rtol: float = 1e-3,
+        domain: str = "ball",
     ) -> None:
-        self.examples, self.rounds = examples, rounds
+        check_domain(np.zeros(0), domain)
+        self.examples, self.rounds, self.domain = examples, rounds, domain
         self.used = np.zeros((rounds, examples), bool)
         planned = len(network.blocks) * (1 + examples * rounds)
         self.level = norms.level_of(level, planned, delta, rtol)
@@ -137,9 +112,6 @@ class Certifier:
 
     def globally(self, x: Array, label: Array, eps: Array | float) -> Found:
         """Certificates of a batch with the norms of the whole layers: no start is drawn, no iteration is made."""
-
-        bounds.check_batch(self.network, x)
-        bounds.check_labels(self.network, x, label)
 
         def known(place: int, layer: Affine, rows: Array, columns: Array) -> norms.Norms:
             return norms.known(self.sigmas[place], len(rows))
@@ -169,8 +141,7 @@ class Certifier:
             ValueError: more examples or rounds than delta was divided by, an example twice in a round, or inputs and
                 labels that are not those of the network.
         """
-        bounds.check_batch(self.network, x)
-        bounds.check_labels(self.network, x, label)
+        self._check(x, label)
         places = np.asarray(index)
         outside = places[(places < 0) | (places >= self.examples)]
         if outside.size or not 0 <= round_ < self.rounds:
@@ -198,36 +169,82 @@ class Certifier:
 
         return self._certify(x, label, eps, solve).at(same)
 
-    def _certify(
+    def dually(
         self,
         x: Array,
         label: Array,
         eps: Array | float,
-        solve: Callable[[int, Affine, Array, Array], norms.Norms],
+        *,
+        sigmas: np.ndarray,
+        rows: Rows,
+        options: Ascent,
+        asked: np.ndarray | None = None,
+        starts: Starts | None = None,
+        index: np.ndarray | None = None,
     ) -> Found:
+        """Certificates of a batch by the dual, with norms that were found before: no start is drawn.
+
+        Args:
+            x: inputs (B, ...) in [0, 1] pixels.
+            label: classes of the network (B,).
+            eps: l2 radius, scalar or (B,).
+            sigmas: norms (B, blocks) that were found for these very examples and radii, or those of the whole layers.
+            rows: the rows that these are norms of.
+            options: of the ascent.
+            asked: the examples whose margins are ascended (B,); default all. Wrong predictions never are.
+            starts: where ascents begin and are left, by place and rival; see :func:`lipjax.pairs.proven_margins`.
+            index: places of the examples in ``starts`` (B,).
+
+        Raises:
+            ValueError: the level is no bound, or inputs and labels that are not those of the network.
+        """
+        if self.level.arithmetic is EXACT:
+            raise ValueError(
+                f"level={self.level.name!r} is no proof, and the dual is one: give a level that is a bound"
+            )
+        self._check(x, label)
+        with self._precision():
+            masks = tuple(jnp.asarray(each) for each in rows)
+            enclosure = self._enclose(x, eps, lambda place, *_: sigmas[:, place], masks)
+            found, forward = _decide(self.network, enclosure, jnp.asarray(label), self.level.name)
+            mine = np.asarray((found.prediction == label) & enclosure.bounds.features.finite)
+            mine = mine if asked is None else mine & asked
+            forward = np.asarray(forward)
+            margins, steps = proven_margins(
+                self.network, enclosure, np.asarray(label), forward, mine, options, starts, index
+            )
+            certificate = _improved(self.network, enclosure, jnp.asarray(margins), jnp.asarray(label), self.level.name)
+            return _found(enclosure, certificate, sigmas, np.zeros_like(sigmas), steps)
+
+    def _certify(
+        self, x: Array, label: Array, eps: Array | float, solve: Callable[[int, Affine, Array, Array], norms.Norms]
+    ) -> Found:
+        found: list[norms.Norms] = []
+
+        def sigma(place: int, layer: Affine, rows: Array, columns: Array) -> np.ndarray:
+            found.append(solve(place, layer, rows, columns))
+            return found[-1].sigma
+
+        self._check(x, label)
+        with self._precision():
+            enclosure = self._enclose(x, eps, sigma)
+            certificate, _ = _decide(self.network, enclosure, jnp.asarray(label), self.level.name)
+            tables = [norm.sigma for norm in found], [norm.products for norm in found]
+            sigmas, products = (np.asarray(table, np.float64).reshape(-1, len(x)).T for table in tables)
+            return _found(enclosure, certificate, sigmas, products, np.zeros(len(x), int))
+
+    def _enclose(self, x: Array, eps: Array | float, solve: Solve, rows: tuple[Array, ...] | None = None) -> Enclosure:
         tiny = np.extract((np.asarray(eps) > 0) & (np.asarray(eps) < LEAST_EPS), eps)
         if tiny.size:
             raise ValueError(f"eps is {tiny[0]!s}; expected 0, or at least {LEAST_EPS:g}: smaller radii leave float64")
-        with self._precision():
-            dtype = self.level.dtype
-            radius = jnp.broadcast_to(jnp.asarray(eps, dtype), np.shape(x)[:1])
-            region = _enter(jnp.asarray(np.asarray(x, dtype)), radius)
-            live, solved, kept = [], [], []
-            for step in self.network.steps:
-                if isinstance(step, Fork):
-                    kept.append(region)
-                elif isinstance(step, Join):
-                    region = _join(kept.pop(), region)
-                else:
-                    before, rows, columns, rounded = _before(step, region)
-                    solved.append(solve(len(solved), step.affine, rows, columns))
-                    region, share = _after(step, before, jnp.asarray(solved[-1].sigma, dtype), rounded)
-                    live.append(share)
-            sigmas, products = [norm.sigma for norm in solved], [norm.products for norm in solved]
-            lipschitz = jnp.broadcast_to(jnp.asarray(self.network.lipschitz(sigmas), dtype), radius.shape)
-            found = _decide(self.network, region, lipschitz, jnp.asarray(label), self.level.name)
-            tables = (np.asarray(table, np.float64).reshape(-1, len(x)).T for table in (sigmas, live, products))
-            return Found(jax.tree.map(np.asarray, found), *tables, np.asarray(region.finite))
+        radius = jnp.broadcast_to(jnp.asarray(eps, self.level.dtype), np.shape(x)[:1])
+        region = enter(jnp.asarray(np.asarray(x, self.level.dtype)), radius, self.domain)
+        return enclose(self.network, region, solve, self.level.arithmetic, rows)
+
+    def _check(self, x: Array, label: Array) -> None:
+        bounds.check_batch(self.network, x)
+        bounds.check_labels(self.network.num_classes, x, label)
+        check_domain(x, self.domain)
 
     def _global_norms(self) -> np.ndarray:
         # Much tighter than the local ones: those are bounded by it, and done as soon as they come near.
@@ -249,6 +266,17 @@ class Certifier:
         return contextlib.nullcontext()
 
 
+def _found(
+    enclosure: Enclosure, certificate: Certificate, sigmas: np.ndarray, products: np.ndarray, steps: np.ndarray
+) -> Found:
+    bounds = enclosure.bounds
+    shares = [np.asarray(jnp.mean(live.reshape(len(sigmas), -1), axis=1)) for live in bounds.live]
+    rows = tuple(np.asarray(before.live) for before in bounds.preactivations)
+    live = np.asarray(shares, np.float64).reshape(-1, len(sigmas)).T
+    finite = np.asarray(bounds.features.finite)
+    return Found(jax.tree.map(np.asarray, certificate), sigmas, rows, live, products, finite, steps)
+
+
 def _firsts(places: np.ndarray, *given: Array | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Where each example stands first, and for all of the batch where the same one does; ValueError unless it is."""
     _, first, of = np.unique(places, return_index=True, return_inverse=True)
@@ -262,84 +290,22 @@ def _firsts(places: np.ndarray, *given: Array | np.ndarray) -> tuple[np.ndarray,
     return first, first[of]
 
 
-def checked_key(key: Array) -> Array:
-    """The key, if it is one.
+@functools.partial(jax.jit, static_argnames="level")
+def _decide(network: Network, enclosure: Enclosure, label: Array, level: str) -> tuple[Certificate, Array]:
+    """Certificates by the forward pass, and its margins (B, classes), net of what inference rounds."""
 
-    Raises:
-        ValueError: it is anything but a single key.
-    """
-    is_key = isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
-    if not is_key or key.shape:
-        what = f"key has shape {key.shape}" if is_key else f"key={key!r} is a {type(key).__name__}"
-        raise ValueError(f"{what}; expected a single key, such as jax.random.key(seed)")
-    if "threefry" not in str(jax.random.key_impl(key)):
-        raise ValueError(
-            f"key is of the generator {jax.random.key_impl(key)}, whose numbers depend on the batch; expected "
-            "jax.random.key(seed, impl='threefry2x32')"
-        )
-    return key
+    def one(enclosure: Enclosure, label: Array) -> tuple[Certificate, Array]:
+        margins = forward_margins(network, enclosure.bounds, label) - (enclosure.logits + enclosure.logits[label])
+        return certificate(network, enclosure.bounds, margins, label, level), margins
 
-
-@jax.jit
-def _enter(x: Array, eps: Array) -> Region:
-    return jax.vmap(l2_ball)(x, eps)
-
-
-def _is_bound(region: Region) -> bool:
-    """Whether rounding counts: the levels that are bounds compute in float64, the level ``"estimate"`` does not."""
-    return region.center.dtype == jnp.float64
-
-
-@jax.jit
-def _before(block: Block, region: Region) -> tuple[Region, Array, Array, Array]:
-    """Regions before the activation, the rows and columns that matter, and what rounding adds to the radius."""
-
-    def one(region: Region) -> tuple[Region, Array, Array, Array]:
-        layer, entering = block.affine, region.reshape(block.affine.in_shape)
-        before = bounds.preactivation(layer, entering)
-        if not _is_bound(entering):
-            return before, bounds.live_rows(block.activation, before), entering.live, jnp.zeros_like(entering.ball)
-        widened = rounding.without_overflow(
-            rounding.widen(before, layer, entering), rounding.magnitude(layer, entering)
-        )
-        rows = bounds.live_rows(block.activation, widened)
-        return widened, rows, entering.live, rounding.error_norm(layer, entering, rows)
-
-    return jax.vmap(one)(region)
-
-
-@jax.jit
-def _after(block: Block, before: Region, sigma: Array, rounded: Array) -> tuple[Region, Array]:
-    def one(before: Region, sigma: Array, rounded: Array) -> Region:
-        region = bounds.activate(block.activation, before, sigma)
-        if not _is_bound(region):
-            return region
-        return dataclasses.replace(region, radius=rounding.UP * (region.ball + rounded * block.activation.lipschitz))
-
-    region = jax.vmap(one)(before, sigma, rounded)
-    return region, jnp.mean(region.live.reshape(len(sigma), -1), axis=1)
-
-
-@jax.jit
-def _join(kept: Region, region: Region) -> Region:
-    def one(kept: Region, region: Region) -> Region:
-        joined = bounds.join(kept, region)
-        if not _is_bound(joined):
-            return joined
-        widened = rounding.widen_sum(joined, kept)
-        return rounding.without_overflow(widened, jnp.abs(jnp.stack(widened.box)))
-
-    return jax.vmap(one)(kept, region)
+    return jax.vmap(one)(enclosure, label)
 
 
 @functools.partial(jax.jit, static_argnames="level")
-def _decide(network: Network, features: Region, lipschitz: Array, label: Array, level: str) -> Certificate:
-    def one(features: Region, lipschitz: Array, label: Array) -> Certificate:
-        features = features.reshape(network.head.in_shape)
-        if not _is_bound(features):
-            return certificate(network, features, lipschitz, label, level)
-        errors = rounding.logit_errors(network.head, features)
-        features = rounding.without_overflow(features, rounding.magnitude(network.head, features))
-        return certificate(network, features, lipschitz, label, level, errors)
+def _improved(network: Network, enclosure: Enclosure, margins: Array, label: Array, level: str) -> Certificate:
+    """Certificates by better margins (B, classes)."""
 
-    return jax.vmap(one)(features, lipschitz, label)
+    def one(enclosure: Enclosure, margins: Array, label: Array) -> Certificate:
+        return certificate(network, enclosure.bounds, margins, label, level)
+
+    return jax.vmap(one)(enclosure, margins, label)

@@ -18,6 +18,8 @@ import orbax.checkpoint as ocp
 from lipjax.errors import InputError
 
 Arrays = dict[str, np.ndarray]
+# The parameters, the trained slopes of the dual, and the rest of what a step changes.
+ITEMS = ("params", "rule", "training")
 
 
 class Checkpoints:
@@ -31,30 +33,23 @@ class Checkpoints:
     def __init__(self, folder: pathlib.Path, keep: int = 2) -> None:
         self.folder = folder.resolve()
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=False)
-        handlers = {
-            "params": ocp.PyTreeCheckpointHandler(),
-            "training": ocp.PyTreeCheckpointHandler(),
-            "metadata": ocp.JsonCheckpointHandler(),
-        }
+        handlers = {name: ocp.PyTreeCheckpointHandler() for name in ITEMS} | {"metadata": ocp.JsonCheckpointHandler()}
         self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
 
-    def save(self, epoch: int, params: Arrays, training: Arrays | None, metadata: dict[str, Any]) -> None:
+    def save(self, epoch: int, items: dict[str, Arrays], metadata: dict[str, Any]) -> None:
         """Write one checkpoint and wait until it is complete: the next step overwrites the arrays.
 
         Args:
             epoch: its number.
-            params: the parameters.
-            training: the rest of what a step changes, or None where only the parameters are worth keeping.
+            items: arrays, by a name of :data:`ITEMS`; empty ones are left out.
             metadata: small facts, as JSON.
         """
-        items = {"params": ocp.args.PyTreeSave(params)}
-        facts = {**metadata, "epoch": epoch, "params_sha256": sha256(params)}
-        if training is not None:
-            items["training"] = ocp.args.PyTreeSave(training)
-            facts["training_sha256"] = sha256(training)
+        kept = {name: arrays for name, arrays in items.items() if arrays}
+        facts = {**metadata, "epoch": epoch, **{f"{name}_sha256": sha256(arrays) for name, arrays in kept.items()}}
         if epoch in self._manager.all_steps():
             self._manager.delete(epoch)  # a refused one, or one of a run that was killed before the next save
-        self._manager.save(epoch, args=ocp.args.Composite(**items, metadata=ocp.args.JsonSave(facts)), force=True)
+        saved = {name: ocp.args.PyTreeSave(arrays) for name, arrays in kept.items()}
+        self._manager.save(epoch, args=ocp.args.Composite(**saved, metadata=ocp.args.JsonSave(facts)), force=True)
         self._manager.wait_until_finished()
 
     def drop_after(self, epoch: int) -> None:
@@ -67,7 +62,7 @@ class Checkpoints:
         """The newest checkpoint that is whole.
 
         Args:
-            items: what to read, of ``"params"`` and ``"training"``.
+            items: what to read, names of :data:`ITEMS`.
 
         Returns:
             The items by name, and the metadata; None where there is no checkpoint at all.

@@ -11,8 +11,11 @@ from typing import NoReturn
 from lipjax import certification, figures, published, reproduction, runs, settings
 from lipjax.errors import InputError
 from lipjax.norms import LEVELS
+from lipjax.regions import DOMAINS
+from lipjax.stages import NAMES
 
 DATA = "an .npz with images (n, H, W, C), uint8 or floats in [0, 1], and integer labels (n,), in place of a split"
+DOMAIN = "what is certified and attacked: the whole l2 ball (default), or what of it lies in the pixel range [0, 1]"
 LEVEL = "what the spectral norms are worth: bounds up to --delta (default), bounds, or the paper's estimates, no proof"
 
 
@@ -80,10 +83,16 @@ def certify(parser: Parser, arguments: list[str]) -> None:
     parser.add_argument(
         "--rtol", type=float, default=1e-3, help="relative gap at which a norm is tight enough; default: 1e-3"
     )
+    parser.add_argument("--stages", metavar="A,B", help=f"some of {','.join(NAMES)}, in this order; default: all")
+    parser.add_argument("--dual-steps", type=int, default=60, help="steps of the dual for each rival; default: 60")
+    parser.add_argument("--domain", default="ball", choices=DOMAINS, help=DOMAIN)
+    parser.add_argument("--resume", action="store_true", help="go on with a certification that was killed")
     parser.add_argument("--no-triage", action="store_true", help="attack and bound what is already decided as well")
     parser.add_argument("--seed", type=int, help="of the random starts of norms and attacks; default: the config's")
     parser.add_argument("--radius", action="store_true", help="find the certified radius of each image as well")
     options = parser.parse_args(arguments)
+    if options.dual_steps < 0:
+        raise InputError(f"--dual-steps={options.dual_steps} cannot be used; give at least 0")
     certification.certify(
         options.workdir,
         eps=options.eps,
@@ -97,6 +106,10 @@ def certify(parser: Parser, arguments: list[str]) -> None:
         rtol=options.rtol,
         triage=not options.no_triage,
         radius=options.radius,
+        stages=options.stages.split(",") if options.stages else None,
+        dual_steps=options.dual_steps,
+        domain=options.domain,
+        resume=options.resume,
         file=options.data,
         seed=options.seed,
     )

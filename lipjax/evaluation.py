@@ -4,29 +4,51 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import time
-from collections.abc import Iterator
+import pathlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
 from tqdm import tqdm
 
-from lipjax.attacks import pgd
-from lipjax.certifier import Certifier, Found
+from lipjax.certifier import Certifier
 from lipjax.data import Dataset
 from lipjax.networks import Network
-from lipjax.radius import certified_radii
+from lipjax.pairs import Ascent
+from lipjax.progress import ProgressFile, digest
+from lipjax.radius import Radius
+from lipjax.regions import check_domain
+from lipjax.rule import Rule
+from lipjax.stages import (
+    BOUNDING,
+    NAMES,
+    Batch,
+    Cohorts,
+    Dual,
+    Evidence,
+    Global,
+    Local,
+    Stage,
+    checked_names,
+    climb,
+    no_evidence,
+)
+from lipjax.triage import Attack
 
 Columns = dict[str, np.ndarray]
-STAGES = ("prediction", "global", "attack", "local")
-ATTACK_STEPS, ATTACK_ROUNDS = 25, 4  # the paper's 100 steps; who is broken after a round leaves
+DECIDED = ("prediction", *NAMES, "undecided")  # values of the column "stage"
 ATTACK_SHARES = (0.25, 0.5, 0.75, 1, 1.5, 2)  # of eps, where the PGD curve is measured
 CURVE_POINTS = 51
 CERTIFICATION = 0x63657274  # folded into the seed
 RADIUS_ROUNDS = 20
+SAVE_SECONDS = 60  # between two saves of the progress
+COSTS = ("products", "dual_steps", "seconds")
+COLUMNS = (
+    *("label", "prediction", "worst_margin", "lipschitz", "certified", "attacked", "broken_by_pgd", "stage"),
+    *COSTS,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,8 +56,9 @@ class Evaluation:
     """Results of one evaluation.
 
     Attributes:
-        columns: per example: index, label, prediction, worst_margin, lipschitz, certified, attacked and stage, the
-            one that decided: "prediction" (it is wrong), "global", "attack" or "local".
+        columns: per example: index, label, prediction, worst_margin, lipschitz, certified, attacked, broken_by_pgd,
+        stage
+            (the one that decided, or "undecided"), and the cost: products, dual_steps and seconds.
         summary: the figures of the whole, ready for JSON.
         local: places of the examples that were bounded with their own norms (M,).
         live: share of varying neurons of those (M, blocks).
@@ -59,14 +82,19 @@ def evaluate(
     level: str = "probabilistic",
     delta: float = 1e-6,
     rtol: float = 1e-3,
+    stages: Sequence[str] | None = None,
+    dual_steps: int = 60,
+    rule: Rule | None = None,
+    domain: str = "ball",
     triage: bool = True,
     radius: bool = False,
+    progress: pathlib.Path | None = None,
 ) -> Evaluation:
-    """Attack and certify every example.
+    """Attack and certify every example, stage by stage: see :mod:`lipjax.stages`.
 
-    In three stages: certificates with global norms; PGD on those that are not certified by then; certificates with
-    local norms for those that PGD did not break. The norms of an example depend on its place in the data set and on
-    the seed alone, not on the batch size or on what the stages before decided.
+    Each stage is asked for what those before have left undecided: certificates with global norms; attacks; certificates
+    with local norms; the dual. The norms of an example depend on its place in the data set and on the seed alone, not
+    on the batch size or on what the stages before decided.
 
     Args:
         network: the classifier.
@@ -77,108 +105,118 @@ def evaluate(
         level: what the norms are worth.
         delta: total probability that any certificate is wrong.
         rtol: relative gap at which a norm is tight enough.
+        stages: some of ``("global", "attack", "local", "dual")``, in this order; default all, at level ``"estimate"``
+            the first three.
+        dual_steps: steps of ascent for each rival.
+        rule: trained slopes that the dual may start from.
+        domain: what is certified and attacked: the whole ``"ball"``, or ``"pixels"``, what of it lies in [0, 1].
         triage: leave out what an earlier stage has decided; without it every example goes through all stages, and
             the same ones are certified.
         radius: find the certified radius of each example as well, and attack at multiples of eps.
+        progress: a file of what is known so far; the evaluation goes on from it where it exists, and keeps it up to
+        date.
 
     Returns:
-        Columns and summary. ``attacked`` means that PGD found a wrong prediction in the ball.
+        Columns and summary. ``attacked`` means that an attack found a wrong prediction: the paper's PGD, which stays in
+        [0, 1], or at levels that are bounds the stronger one in the domain (:func:`lipjax.attack`).
+
+    Raises:
+        ValueError: an option that cannot be used, inputs outside of the domain, or progress of another evaluation.
 
     Reference:
         [H21] section 5.
     """
+    names = checked_names(stages or (NAMES[:-1] if level == "estimate" else NAMES))
+    if level == "estimate" and "dual" in names:
+        raise ValueError("stages name 'dual', which is a proof, but level 'estimate' is none: leave one of them out")
+    check_domain(dataset.images / dataset.scale, domain)
     # A stream of its own: training, which made the network, has drawn from the same seed.
     norm_key, attack_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), CERTIFICATION))
-    count = len(dataset)
-    watch = Stopwatch()
+    count, options = len(dataset), Ascent(dual_steps, rule)
     rounds = 1 + (RADIUS_ROUNDS if radius else 0)
-    certifier = Certifier(network, count, level=level, delta=delta, key=norm_key, rounds=rounds, rtol=rtol)
-    blocks = len(network.blocks)
-    columns: Columns = {
-        "index": np.arange(count),
-        "label": dataset.labels,
-        "prediction": np.zeros(count, np.int32),
-        "worst_margin": np.zeros(count),
-        "lipschitz": np.zeros(count),
-        "certified": np.zeros(count, bool),
-        "attacked": np.zeros(count, bool),
-        "stage": np.full(count, "prediction", "U10"),
+    certifier = Certifier(
+        network, count, level=level, delta=delta, key=norm_key, rounds=rounds, rtol=rtol, domain=domain
+    )
+    known = {
+        "global": Global(eps),
+        "attack": Attack(network, eps, domain, attack_key, strong=level != "estimate"),
+        "local": Local(eps),
+        "dual": Dual(eps, options),
     }
-    live, products = np.zeros((count, blocks)), np.zeros((count, blocks))
+    ladder: tuple[Stage, ...] = tuple(known[name] for name in names)
+    if radius:
+        ladder = (*ladder, Radius(eps, options, names))
+    evidence = no_evidence(certifier, dataset.labels, dataset.images.shape[1:])
+    facts = {"eps": eps, "seed": seed, "level": level, "delta": delta, "rtol": rtol, "stages": names, "domain": domain}
+    facts |= {"dual_steps": dual_steps, "triage": triage, "radius": radius}
+    facts |= {"network": digest(network), "rule": digest(rule), "data": digest((dataset.images, dataset.labels))}
+    file = ProgressFile(progress, facts, SAVE_SECONDS)
+    reached = file.restore(evidence, certifier)
+    cohorts = functools.partial(_cohorts, dataset, batch_size)
+    lap = functools.partial(file.lap, evidence, certifier)
+    climb(ladder, certifier, evidence, cohorts, triage=triage, progress=reached, lap=lap)
+    file.write(evidence, certifier, reached)
 
-    def keep(found: Found, part: np.ndarray) -> None:
-        for name in ("prediction", "worst_margin", "lipschitz", "certified"):
-            columns[name][part] = getattr(found.certificate, name)[: len(part)]
-        live[part], products[part] = found.live[: len(part)], found.products[: len(part)]
-
-    for part, batch in _cohorts(dataset, np.arange(count), batch_size, "global bounds"):
-        keep(certifier.globally(batch.x, batch.label, eps), part)
-    correct = columns["prediction"] == dataset.labels
-    with_global_norms = columns["certified"].copy()
-    columns["stage"][with_global_norms] = "global"
-    watch.lap("global")
-
-    left = np.flatnonzero(correct & ~with_global_norms) if triage else np.arange(count)
-    columns["attacked"] = _broken(network, dataset, left, eps, attack_key, batch_size)
-    columns["stage"][correct & ~with_global_norms & columns["attacked"]] = "attack"
-    watch.lap("attack")
-
-    local = left[~columns["attacked"][left]] if triage else left
-    for part, batch in _cohorts(dataset, local, batch_size, "local bounds"):
-        keep(certifier.locally(batch.x, batch.label, eps, batch.index), part)
-    columns["stage"][local[correct[local] & ~with_global_norms[local] & ~columns["attacked"][local]]] = "local"
-    watch.lap("local")
-
+    columns: Columns = {"index": np.arange(count), **{name: getattr(evidence, name) for name in COLUMNS}}
     curves: dict[str, Any] = {}
     if radius:
-        columns["radius"] = _radii(certifier, dataset, np.flatnonzero(correct), columns["certified"], eps, batch_size)
-        watch.lap("radius")
-        curves["median_radius"] = float(np.median(columns["radius"]))
-        curves["certified_accuracy_at"] = _certified_curve(columns["radius"])
+        columns["radius"] = evidence.radius
+        curves["median_radius"] = float(np.median(evidence.radius))
+        curves["certified_accuracy_at"] = _certified_curve(evidence.radius)
         curves["pgd_accuracy_at"], broken_at = _pgd_curve(
-            network, dataset, np.flatnonzero(correct), columns["attacked"], eps, attack_key, batch_size
+            known["attack"], evidence, "attack" in names, cohorts, certifier
         )
-        curves["radii_but_attacked"] = int((correct & (columns["radius"] >= broken_at)).sum())
-        watch.lap("pgd curve")
+        curves["radii_but_attacked"] = int((evidence.correct & (evidence.radius >= broken_at)).sum())
+    local = np.flatnonzero(evidence.local)
+    live, products = evidence.live[local], evidence.norm_products[local]
     summary = {
-        **_accuracies(columns, with_global_norms, len(local), triage),
+        **_accuracies(evidence, names, triage),
         "eps": eps,
+        "domain": domain,
         "level": certifier.level.name,
         "delta": delta if level == "probabilistic" else None,
         "rtol": rtol,
+        "stages": list(names),
+        "dual_steps": dual_steps if "dual" in names else None,
         "triage": triage,
         "dtype": np.dtype(certifier.level.dtype).name,
         "ledger": certifier.ledger.facts(),
         "global_lipschitz": certifier.global_lipschitz,
-        **_local_figures(columns["lipschitz"][local], certifier.global_lipschitz, live[local], products[local]),
+        **_local_figures(evidence.lipschitz[local], certifier.global_lipschitz, live, products),
         **curves,
-        "seconds": watch.laps,
+        "cost_per_image": {name: float(getattr(evidence, name).mean()) for name in COSTS},
+        "seconds": {name: round(lap, 2) for name, lap in file.laps.items()},
     }
-    return Evaluation(columns, summary, local, live[local], products[local])
+    return Evaluation(columns, summary, local, live, products)
 
 
-def _accuracies(columns: Columns, with_global_norms: np.ndarray, bounded_locally: int, triage: bool) -> dict[str, Any]:
-    """Fractions of all examples, and the counts behind them."""
-    correct = columns["prediction"] == columns["label"]
-    certified, attacked = columns["certified"], columns["attacked"]
+def _accuracies(evidence: Evidence, names: tuple[str, ...], triage: bool) -> dict[str, Any]:
+    """Fractions of all examples, and the counts behind them; None for what was not asked."""
+    correct, certified, attacked = evidence.correct, evidence.certified, evidence.attacked
+    decided = {stage: int((evidence.stage == stage).sum()) for stage in DECIDED}
+    bounding = [name for name in BOUNDING if name in names]
     found = {
         "clean_accuracy": correct,
-        "pgd_accuracy": correct & ~attacked,
+        "pgd_accuracy": correct & ~evidence.broken_by_pgd if "attack" in names else None,
+        "attack_accuracy": correct & ~attacked if "attack" in names else None,
         "certified_accuracy": certified,
-        "certified_accuracy_with_global_norms": with_global_norms,
+        "certified_accuracy_with_global_norms": evidence.stage == "global" if "global" in names else None,
     }
     counts = {
         "examples": len(correct),
         "correct": int(correct.sum()),
-        "correct_after_pgd": int((correct & ~attacked).sum()),
+        "correct_after_pgd": int((correct & ~evidence.broken_by_pgd).sum()),
+        "correct_after_attack": int((correct & ~attacked).sum()),
         "certified": int(certified.sum()),
-        "certified_with_global_norms": int(with_global_norms.sum()),
+        "certified_with_global_norms": decided["global"],
         # With triage nobody is attacked who is certified, or bounded who is attacked: nothing is compared.
         "certified_but_attacked": None if triage else int((certified & attacked).sum()),
-        "decided": {stage: int((columns["stage"] == stage).sum()) for stage in STAGES},
-        "bounded_locally": bounded_locally,
+        "decided": decided,
+        "bounded_locally": int(evidence.local.sum()),
     }
-    return {**{name: float(which.mean()) for name, which in found.items()}, "counts": counts}
+    by_stage = np.cumsum([(certified & (evidence.stage == name)).mean() for name in bounding]).tolist()
+    accuracies = {name: None if which is None else float(which.mean()) for name, which in found.items()}
+    return {**accuracies, "certified_accuracy_after": dict(zip(bounding, by_stage, strict=True)), "counts": counts}
 
 
 def _local_figures(lipschitz: np.ndarray, whole: float, live: np.ndarray, products: np.ndarray) -> dict[str, Any]:
@@ -194,29 +232,7 @@ def _local_figures(lipschitz: np.ndarray, whole: float, live: np.ndarray, produc
     }
 
 
-class Stopwatch:
-    """Seconds between laps, by name."""
-
-    def __init__(self) -> None:
-        self.laps: dict[str, float] = {}
-        self.started = time.perf_counter()
-
-    def lap(self, name: str) -> None:
-        """The time since the last lap goes under this name."""
-        now = time.perf_counter()
-        self.laps[name], self.started = round(now - self.started, 2), now
-
-
-@dataclasses.dataclass(frozen=True)
-class Batch:
-    """Some examples of a data set: inputs (B, ...) in [0, 1], labels (B,) and their places (B,)."""
-
-    x: Array
-    label: Array
-    index: Array
-
-
-def _cohorts(dataset: Dataset, places: np.ndarray, batch_size: int, name: str) -> Iterator[tuple[np.ndarray, Batch]]:
+def _cohorts(dataset: Dataset, batch_size: int, places: np.ndarray, title: str) -> Iterator[tuple[np.ndarray, Batch]]:
     """The examples at some places in batches of one size, with a progress bar.
 
     The size is that of the whole data set in as few batches as ``batch_size`` allows, whatever the places: functions of
@@ -225,62 +241,13 @@ def _cohorts(dataset: Dataset, places: np.ndarray, batch_size: int, name: str) -
     """
     cohorts = max(1, -(-len(dataset) // batch_size))
     size = max(1, -(-len(dataset) // cohorts))
-    with tqdm(total=len(places), desc=name, unit=" images", disable=None, leave=False) as bar:
+    with tqdm(total=len(places), desc=title, unit=" images", disable=None, leave=False) as bar:
         for start in range(0, len(places), size):
             part = places[start : start + size]
             padded = np.resize(part, size)
             x = dataset.images[padded].astype(np.float32) / dataset.scale
-            yield part, Batch(jnp.asarray(x), jnp.asarray(dataset.labels[padded]), jnp.asarray(padded))
+            yield part, Batch(jnp.asarray(x), jnp.asarray(dataset.labels[padded]), padded)
             bar.update(len(part))
-
-
-def _broken(
-    network: Network, dataset: Dataset, places: np.ndarray, eps: float, key: Array, batch_size: int
-) -> np.ndarray:
-    """For which examples of the data set PGD finds a wrong prediction; False for those that are not attacked."""
-    broken = np.zeros(len(dataset), bool)
-    points = np.zeros((len(dataset), *dataset.images.shape[1:]), np.float32)
-    for round_ in range(ATTACK_ROUNDS):
-        left = places[~broken[places]]
-        for part, batch in _cohorts(dataset, left, batch_size, f"attack, round {round_ + 1} of {ATTACK_ROUNDS}"):
-            keys = jax.vmap(functools.partial(jax.random.fold_in, key))(batch.index)
-            start = jnp.asarray(points[np.asarray(batch.index)]) if round_ else None
-            found, wrong = _attack(network, batch.x, batch.label, eps, keys, start)
-            points[part], broken[part] = found[: len(part)], wrong[: len(part)]
-    return broken
-
-
-@jax.jit
-def _attack(
-    network: Network, x: Array, label: Array, eps: float, keys: Array, start: Array | None
-) -> tuple[Array, Array]:
-    """Some steps of PGD: the points, and whether their prediction is wrong."""
-    points = pgd(network, x, label, eps, keys, num_steps=ATTACK_STEPS, step_size=eps / 4, start=start)
-    return points, jnp.argmax(network(points), axis=1) != label
-
-
-def _radii(
-    certifier: Certifier, dataset: Dataset, places: np.ndarray, certified: np.ndarray, eps: float, batch_size: int
-) -> np.ndarray:
-    """Certified radii of all examples (N,); those at ``places`` are searched, from what is known at eps; others are 0.
-
-    An example that the test refused at eps, or that was attacked there, has a smaller radius.
-    """
-    radii = np.zeros(len(dataset))
-    low, high = np.where(certified, eps, 0.0), np.where(certified, np.inf, eps)
-    for part, batch in _cohorts(dataset, places, batch_size, "radii"):
-        index = np.asarray(batch.index)
-        found = certified_radii(
-            certifier,
-            np.asarray(batch.x),
-            np.asarray(batch.label),
-            index,
-            low=low[index],
-            high=high[index],
-            first_round=1,
-        )
-        radii[part] = found[: len(part)]
-    return radii
 
 
 def _certified_curve(radii: np.ndarray) -> list[list[float]]:
@@ -291,23 +258,27 @@ def _certified_curve(radii: np.ndarray) -> list[list[float]]:
 
 
 def _pgd_curve(
-    network: Network,
-    dataset: Dataset,
-    correct: np.ndarray,
-    attacked: np.ndarray,
-    eps: float,
-    key: Array,
-    batch_size: int,
+    attack: Attack, evidence: Evidence, attacked: bool, cohorts: Cohorts, certifier: Certifier
 ) -> tuple[list[list[float]], np.ndarray]:
     """Pairs of eps and PGD accuracy, and the least eps at which each example was broken (N,), or infinity.
 
     An example that is broken at one eps is broken at every larger one.
     """
-    broken_at = np.full(len(dataset), np.inf)
-    curve = [[0.0, len(correct) / len(dataset)]]
+    count, correct = len(evidence.label), evidence.correct
+    broken_at = np.full(count, np.inf)
+    curve = [[0.0, float(correct.mean())]]
     for share in ATTACK_SHARES:
-        left = correct[np.isinf(broken_at[correct])]
-        broken = attacked if share == 1 else _broken(network, dataset, left, share * eps, key, batch_size)
-        broken_at[broken & np.isinf(broken_at)] = share * eps
-        curve.append([share * eps, float(np.isinf(broken_at[correct]).sum() / len(dataset))])
+        eps = share * attack.eps
+        left = correct & np.isinf(broken_at)
+        if share == 1 and attacked:
+            broken = evidence.broken_by_pgd
+        else:
+            scratch = no_evidence(certifier, evidence.label, evidence.points.shape[1:])
+            scratch.stage = np.where(left, scratch.stage, "prediction")
+            pgd_only = dataclasses.replace(attack, eps=eps, strong=False)
+            climb((pgd_only,), certifier, scratch, cohorts)
+            broken = scratch.attacked
+        broken_at[left & broken] = eps
+        curve.append([eps, float((correct & np.isinf(broken_at)).mean())])
+    broken_at[evidence.attacked] = np.minimum(broken_at[evidence.attacked], attack.eps)
     return curve, broken_at

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from lipjax.data import Dataset
 from lipjax.evaluation import Evaluation
-from lipjax.reports import Row, read_rows, replace_text
+from lipjax.reports import DOMAINS, Row, read_rows, replace_text
 
 # Means of the paper: power iterations to convergence of 6C2F, [H21] appendix.
 PAPER_DENSE, PAPER_CONVOLUTIONS = 137, (355, 928)
@@ -71,19 +71,29 @@ def write_report(folder: pathlib.Path, found: Evaluation, dataset: Dataset, summ
         images.append(("Products to convergence", _plot_products(folder, found)))
     counts = summary["counts"]
     delta = f", delta {summary['delta']:g}" if summary["delta"] else ""
+    cost = summary["cost_per_image"]
+    shown = [
+        ("clean", summary["clean_accuracy"]),
+        ("PGD, the paper's, cut to [0, 1]", summary["pgd_accuracy"]),
+        ("PGD or the stronger attack", summary["attack_accuracy"]),
+        *((f"certified after stage {name}", value) for name, value in summary["certified_accuracy_after"].items()),
+    ]
     lines = [
         f"# {summary['dataset']} {summary['split']}, eps {summary['eps']:.6g}",
         "",
-        f"{counts['examples']} images, level `{summary['level']}`{delta}, relative gap of the norms at most "
-        f"{summary['rtol']:g}.",
+        f"{counts['examples']} images, {DOMAINS[summary['domain']]}, level `{summary['level']}`{delta}, relative gap "
+        f"of the norms at most {summary['rtol']:g}.",
         "",
         "| accuracy | fraction | images |",
         "|---|---|---|",
-        f"| clean | {summary['clean_accuracy']:.4f} | {counts['correct']} |",
-        f"| PGD | {summary['pgd_accuracy']:.4f} | {counts['correct_after_pgd']} |",
-        f"| certified | {summary['certified_accuracy']:.4f} | {counts['certified']} |",
-        f"| certified with global norms | {summary['certified_accuracy_with_global_norms']:.4f} | "
-        f"{counts['certified_with_global_norms']} |",
+        *(
+            f"| {name} | {fraction:.4f} | {round(fraction * counts['examples'])} |"
+            for name, fraction in shown
+            if fraction is not None
+        ),
+        "",
+        f"Cost per image: {cost['products']:.0f} products, {cost['dual_steps']:.0f} steps of the dual, "
+        f"{cost['seconds']:.2f} s.",
         "",
         f"Decided by: {', '.join(f'{stage} {number}' for stage, number in counts['decided'].items())}.",
     ]

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from lipjax.layers import Activation, ClippedMaxMin, ClippedReLU, MaxMin, ReLU
+from lipjax.activations import Activation, ClippedMaxMin, ClippedReLU, MaxMin, ReLU
 from lipjax.regions import Region
 
 

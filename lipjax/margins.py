@@ -28,7 +28,7 @@ def pairwise_lipschitz(head: Dense, region: Region, label: Array) -> Array:
     Returns:
         Margins (classes,).
     """
-    margins, directions = _margins(head, region, label)
+    margins, directions = pairs(head, region.center, label)
     masked = jnp.where(region.live.ravel()[None], directions, 0)
     return margins - region.ball * jax.vmap(length)(masked)
 
@@ -79,48 +79,57 @@ def box_and_ball(head: Dense, region: Region, label: Array, num_iters: int = 16)
     Reference:
         [BCP] section 3.3; [H21] appendix.
     """
-    margins, c = _margins(head, region, label)
-    low, high = (bound.ravel()[None] - region.center.ravel()[None] for bound in region.box)
+    _ = region.box  # raises where there is none
+    margins, c = pairs(head, region.center, label)
+    return margins + jax.vmap(lambda row: least_product(row, region, num_iters))(c)
+
+
+def least_product(c: Array, region: Region, num_iters: int = 16) -> Array:
+    """A lower bound of ``<c, a - center>`` over a region, for one direction c, raveled or shaped like it.
+
+    See :func:`box_and_ball`; a region that is a ball alone, or all of one, gives ``-radius ||c||``.
+    """
+    c = c.ravel()
+    if region.lower is None:
+        return -region.ball * length(c)
+    low, high = (bound.ravel() - region.center.ravel() for bound in region.box)
     low, high = jnp.minimum(low, 0), jnp.maximum(high, 0)
-    corner = margins + jnp.sum(jnp.minimum(c * low, c * high), axis=1)
+    corner = jnp.sum(jnp.minimum(c * low, c * high))
     if region.radius is None:
         return corner
-    ball = margins - region.radius * jax.vmap(length)(c)
+    ball = -region.radius * length(c)
     # In units of the radius and of the largest entry of c: their squares may leave the range of float32.
     radius = jnp.where(region.radius == 0, 1, region.radius)
-    largest = lax.stop_gradient(jnp.max(jnp.abs(c), axis=1))
+    largest = lax.stop_gradient(jnp.max(jnp.abs(c)))
     scale = jnp.where(largest == 0, 1, largest)
-    c, low, high = c / scale[:, None], low / radius, high / radius
-    t = lax.stop_gradient(_multiplier(c, low, high, num_iters))[:, None]
+    c, low, high = c / scale, low / radius, high / radius
+    t = lax.stop_gradient(_multiplier(c, low, high, num_iters))
     d = jnp.clip(-t * c, low, high)
-    excess = jnp.sum(d**2, axis=1) - 1
-    dual = margins + radius * scale * (jnp.sum(c * d, axis=1) + excess / (2 * t[:, 0]))
+    dual = radius * scale * (jnp.sum(c * d) + (jnp.sum(d**2) - 1) / (2 * t))
     return jnp.maximum(jnp.maximum(dual, ball), corner)
 
 
 def _multiplier(c: Array, low: Array, high: Array, num_iters: int) -> Array:
-    """The t > 0 with ||clip(-t c, low, high)|| = 1, for each row of c.
+    """The t > 0 with ||clip(-t c, low, high)|| = 1.
 
     With the clipped coordinates held, t^2 = (1 - sum of their squares) / (sum of c^2 over the others). From the
     unclipped t this rises to the solution and reaches it in finitely many steps, the set of clipped coordinates only
     growing.
     """
 
-    def solve(free: Array, clipped_square: Array, fallback: Array) -> Array:
-        square = jnp.sum(jnp.where(free, c**2, 0), axis=1)
+    def solve(free: Array, clipped_square: Array | float, fallback: Array | float) -> Array:
+        square = jnp.sum(jnp.where(free, c**2, 0))
         rest = jnp.maximum(1 - clipped_square, 0)
         solvable = (square > 0) & (rest > 0)
         return jnp.where(solvable, jnp.sqrt(rest / jnp.where(solvable, square, 1)), fallback)
 
     def step(_: int, t: Array) -> Array:
-        d = -t[:, None] * c
+        d = -t * c
         free = (d > low) & (d < high)
         clipped = jnp.where(free, 0, jnp.clip(d, low, high))
-        return jnp.maximum(t, solve(free, jnp.sum(clipped**2, axis=1), t))
+        return jnp.maximum(t, solve(free, jnp.sum(clipped**2), t))
 
-    ones = jnp.ones(c.shape[0], c.dtype)
-    t = solve(jnp.ones(c.shape, bool), jnp.zeros_like(ones), ones)
-    return lax.fori_loop(0, num_iters, step, t)
+    return lax.fori_loop(0, num_iters, step, jnp.asarray(solve(jnp.ones(c.shape, bool), 0.0, 1.0), c.dtype))
 
 
 def worst_logits(logits: Array, margins: Array, label: Array) -> Array:
@@ -139,8 +148,8 @@ def worst_margin(margins: Array, label: Array) -> Array:
     return jnp.min(jnp.where(jnp.arange(margins.shape[0]) == label, jnp.inf, margins))
 
 
-def _margins(head: Dense, region: Region, label: Array) -> tuple[Array, Array]:
-    """Clean margins (classes,) and directions c (classes, features)."""
-    logits = head(region.center)
+def pairs(head: Dense, features: Array, label: Array) -> tuple[Array, Array]:
+    """Clean margins (classes,) and directions c (classes, features) of a label against each class."""
+    logits = head(features)
     rows = head.kernel.T
     return logits[label] - logits, rows[label][None] - rows

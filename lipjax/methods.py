@@ -20,6 +20,7 @@ from lipjax.attacks import pgd
 from lipjax.layers import Affine
 from lipjax.networks import Network
 from lipjax.regions import l2_ball
+from lipjax.rule import Rule, initial_rule
 
 Metrics = dict[str, Array]
 Vectors = tuple[Array, ...]
@@ -38,6 +39,10 @@ class Objective(Protocol):
         """The places among them for which every example keeps a vector of its own."""
         ...
 
+    def rule(self, network: Network) -> Rule | None:
+        """The slopes of the dual before training, where the method trains through it."""
+        ...
+
     def __call__(
         self,
         network: Network,
@@ -48,6 +53,7 @@ class Objective(Protocol):
         stored: Vectors,
         whole: Vectors,
         key: Array,
+        rule: Rule | None,
     ) -> tuple[Array, Metrics, Vectors, Vectors]:
         """The losses of a batch, and the vectors for the next time.
 
@@ -60,6 +66,7 @@ class Objective(Protocol):
             stored: each example's vectors (B, ...), one array per place of :meth:`kept`.
             whole: the vectors of the whole layers, one per layer of :meth:`layers`.
             key: of this step.
+            rule: trained slopes of the dual, where the method has them.
 
         Returns:
             Losses (B,), metrics with a leading axis (B,), and ``stored`` and ``whole`` after the iterations.
@@ -86,6 +93,51 @@ class Iterations:
     global_layers: tuple[int, ...] = ()
 
 
+class Margins(Protocol):
+    """How a method bounds the margins of one example."""
+
+    def __call__(
+        self, network: Network, bounds: bounds.Bounds, label: Array, rule: Rule | None, *head_norm: Array
+    ) -> tuple[Array, Array]:
+        """Margins (classes,): lower bounds as good as the norms are, and those that the loss is made of."""
+        ...
+
+
+def forward(margins: Callable[..., Array]) -> Margins:
+    """Margins of the features' region: a function of the last layer, the region, the label and what is left."""
+
+    def of_features(network: Network, bounds: bounds.Bounds, label: Array, rule: Rule | None, *rest: Array):
+        found = margins(network.head, bounds.features, label, *rest)
+        return found, found
+
+    return of_features
+
+
+@dataclasses.dataclass(frozen=True)
+class DualMargins:
+    """The larger of the dual and of the Lipschitz margin, against the strongest rivals; the others do not count.
+
+    Would the others keep their Lipschitz margin in the loss, it would be the worst, and train Lipschitz again.
+
+    Attributes:
+        num_rivals: how many are asked, those with the least Lipschitz margins.
+        num_steps: of the search for each weight.
+    """
+
+    num_rivals: int
+    num_steps: int
+
+    def __call__(self, network, bounds, label, rule, *rest):
+        lipschitz = margins.pairwise_lipschitz(network.head, bounds.features, label)
+        own = jnp.arange(len(lipschitz)) == label
+        count = min(self.num_rivals, len(lipschitz) - 1)
+        _, rivals = jax.lax.top_k(-jnp.where(own, jnp.inf, lipschitz), count)
+        found = rule.margins(network, bounds, label, rivals, self.num_steps)
+        bound = lipschitz.at[rivals].max(found)
+        asked = jnp.zeros_like(own).at[rivals].set(True) | own
+        return bound, jnp.where(asked, bound, jnp.inf)
+
+
 @dataclasses.dataclass(frozen=True)
 class Bounded:
     """The loss on the worst case that bounds of the region allow ([H21] Eq 25), with a sparsity loss (Eq 12, 26).
@@ -95,7 +147,7 @@ class Bounded:
         local: norms of each example's masked layers; else those of the whole layers.
         box: the region has a box.
         ball: the region has a ball.
-        margins: ``(head, features, label) -> margins``; with ``head_norm``, the norm of the last layer comes last.
+        margins: gives the worst-case margins; with ``head_norm``, the norm of the last layer comes last.
         head_norm: the margins need the norm of the last layer (LMT).
         loss: ``(logits, worst_logits, label) -> loss`` of one example.
         sparsity: weight of the sparsity loss.
@@ -106,7 +158,7 @@ class Bounded:
     local: bool
     box: bool
     ball: bool
-    margins: Callable[..., Array]
+    margins: Margins
     loss: Callable[[Array, Array, Array], Array]
     head_norm: bool = False
     sparsity: float = 0.0
@@ -121,7 +173,10 @@ class Bounded:
         places = range(len(self.layers(network))) if own else ()
         return tuple(place for place in places if place not in self.iterations.global_layers)
 
-    def __call__(self, network, x, label, eps, kappa, stored, whole, key):
+    def rule(self, network: Network) -> Rule | None:
+        return initial_rule(network) if isinstance(self.margins, DualMargins) else None
+
+    def __call__(self, network, x, label, eps, kappa, stored, whole, key, rule):
         shared, whole = whole_norms(self.layers(network), whole, self.iterations, key)
         keys = jax.random.split(jax.random.fold_in(key, len(shared)), len(x))
         kept, constant = self.kept(network), jnp.asarray(network.lipschitz(shared), shared.dtype)
@@ -136,9 +191,9 @@ class Bounded:
                 sigma, results[len(results)] = norm(len(results), bounds.linear_map(network.head).masked(rows, live))
                 last = (sigma,)
             logits = network.head(found.features.center)
-            worst = self.margins(network.head, found.features, label, *last)
+            worst, trained = self.margins(network, found, label, rule, *last)
             clean = losses.cross_entropy(logits, label)
-            worst_case = self.loss(logits, margins.worst_logits(logits, worst, label), label)
+            worst_case = self.loss(logits, margins.worst_logits(logits, trained, label), label)
             loss, correct = losses.mixed(clean, worst_case, kappa), jnp.argmax(logits) == label
             if self.sparsity:
                 pairs = zip(network.blocks, found.preactivations, strict=True)
@@ -199,7 +254,10 @@ class Unbounded:
     def kept(self, network: Network) -> tuple[int, ...]:
         return ()
 
-    def __call__(self, network, x, label, eps, kappa, stored, whole, key):
+    def rule(self, network: Network) -> Rule | None:
+        return None
+
+    def __call__(self, network, x, label, eps, kappa, stored, whole, key, rule):
         shared, whole = whole_norms(self.layers(network), whole, self.iterations, key)
         loss, metrics = self.losses(network, x, label, eps, jax.random.fold_in(key, len(shared)))
         constant = jnp.asarray(network.lipschitz(shared), shared.dtype)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import jax
 from jax import Array
 
 from lipjax import layers
+from lipjax.activations import Activation
 
 
 @jax.tree_util.register_dataclass
@@ -16,7 +19,7 @@ class Block:
     """An affine layer and the activation after it. Activations are reshaped in C order to what the layer takes."""
 
     affine: layers.Affine
-    activation: layers.Activation
+    activation: Activation
 
 
 @jax.tree_util.register_dataclass
@@ -76,15 +79,11 @@ class Network:
 
     def features(self, x: Array) -> Array:
         """Activations of one example before the last dense layer."""
-        kept: list[Array] = []
-        for step in self.steps:
-            if isinstance(step, Fork):
-                kept.append(x)
-            elif isinstance(step, Join):
-                x = x.reshape(kept[-1].shape) + kept.pop()
-            else:
-                x = step.activation(step.affine(x.reshape(step.affine.in_shape)))
-        return x
+        return self.walk(
+            x,
+            lambda place, block, a: block.activation(block.affine(a.reshape(block.affine.in_shape))),
+            lambda kept, a: kept + a.reshape(kept.shape),
+        )
 
     def lipschitz(self, sigmas: Array) -> Array | float:
         """The constant of the feature map from the norms of its blocks: products, and sums 1 + f over skips.
@@ -92,12 +91,42 @@ class Network:
         Args:
             sigmas: one norm per block.
         """
-        constant, kept, place = 1.0, [], 0
-        for step in self.steps:
-            if isinstance(step, Fork):
-                kept.append(constant)
-            elif isinstance(step, Join):
-                constant = constant + kept.pop()
+        return self.walk(
+            1.0,
+            lambda place, block, constant: constant * sigmas[place] * block.activation.lipschitz,
+            lambda kept, constant: constant + kept,
+        )
+
+    def walk(
+        self,
+        value: Any,
+        block: Callable[[int, Block, Any], Any],
+        join: Callable[[Any, Any], Any],
+        *,
+        backward: bool = False,
+    ) -> Any:
+        """Carry a value through the feature map, from the input to the features or backward.
+
+        Backward, a sum gives what comes to it to both of its branches, and where they began their values are summed
+        up: the same walk over the steps in reverse order, with :class:`Fork` and :class:`Join` exchanged.
+
+        Args:
+            value: at the first step.
+            block: the value behind a block, from its place among the blocks, the block and the value before it.
+            join: the value of a sum, from that of the skip connection and that of the other branch.
+            backward: from the features to the input.
+        """
+        steps, places = list(self.steps), iter(range(len(self.blocks)))
+        opening, closing = Fork, Join
+        if backward:
+            steps, places = steps[::-1], iter(reversed(range(len(self.blocks))))
+            opening, closing = Join, Fork
+        kept = []
+        for step in steps:
+            if isinstance(step, opening):
+                kept.append(value)
+            elif isinstance(step, closing):
+                value = join(kept.pop(), value)
             else:
-                constant, place = constant * sigmas[place] * step.activation.lipschitz, place + 1
-        return constant
+                value = block(next(places), step, value)
+        return value

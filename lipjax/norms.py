@@ -18,6 +18,7 @@ from jax import Array
 
 from lipjax import deterministic, lanczos, spectral
 from lipjax.bounds import linear_map
+from lipjax.enclosures import EXACT, FLOAT32, Arithmetic
 from lipjax.layers import Affine, Conv
 
 LEVELS = ("probabilistic", "deterministic", "estimate")
@@ -56,6 +57,9 @@ class Level(Protocol):
     @property
     def dtype(self) -> Any: ...
 
+    @property
+    def arithmetic(self) -> Arithmetic: ...
+
     def __call__(
         self,
         place: int,
@@ -90,6 +94,7 @@ class PowerIteration:
     batch_size: int = 128
     name = "estimate"
     dtype = np.float32
+    arithmetic = EXACT
 
     def __call__(self, place, layer, rows, columns, keys, ceiling, among=None):
         count = rows.shape[0]
@@ -122,6 +127,7 @@ class Lanczos:
     batch_size: int = 128
     name = "probabilistic"
     dtype = np.float64
+    arithmetic = FLOAT32
 
     def __call__(self, place, layer, rows, columns, keys, ceiling, among=None):
         count, length = rows.shape[0], min(math.prod(layer.in_shape), math.prod(layer.out_shape))
@@ -164,6 +170,7 @@ class Deterministic:
     small: int = 2048
     name = "deterministic"
     dtype = np.float64
+    arithmetic = FLOAT32
 
     def __call__(self, place, layer, rows, columns, keys, ceiling, among=None):
         length = min(math.prod(layer.in_shape), math.prod(layer.out_shape))

@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from lipjax import functions, layers, models
+from lipjax import activations, functions, layers, models
 from lipjax.assembly import Assembly
 from lipjax.networks import Network
 
@@ -99,11 +99,11 @@ def _read_one(module: Any, variables: Any, assembly: Assembly, place: str) -> No
         theta = jnp.asarray(module.theta[...])
         if theta.shape != assembly.shape:
             raise ValueError(f"layer {place}: theta of shape {theta.shape} does not fit activations {assembly.shape}")
-        assembly.activation(lambda shape: layers.ClippedReLU(theta.reshape(shape)))
+        assembly.activation(lambda shape: activations.ClippedReLU(theta.reshape(shape)))
     elif kind is models.MaxMin:
         if assembly.shape[-1] % 2:
             raise ValueError(f"layer {place}: MaxMin needs an even number of channels, not {assembly.shape[-1]}")
-        assembly.activation(lambda shape: layers.MaxMin(), elementwise=False)
+        assembly.activation(lambda shape: activations.MaxMin(), elementwise=False)
     elif kind is models.ClippedMaxMin:
         upper, lower = jnp.asarray(module.upper_clip[...]), jnp.asarray(module.lower_clip[...])
         half = (*assembly.shape[:-1], assembly.shape[-1] // 2)
@@ -111,7 +111,7 @@ def _read_one(module: Any, variables: Any, assembly: Assembly, place: str) -> No
             raise ValueError(
                 f"layer {place}: clips of shapes {upper.shape} and {lower.shape} do not fit pairs of {assembly.shape}"
             )
-        assembly.activation(lambda shape: layers.ClippedMaxMin(upper, lower), elementwise=False)
+        assembly.activation(lambda shape: activations.ClippedMaxMin(upper, lower), elementwise=False)
     elif kind is models.Residual:
         shape = assembly.shape
         assembly.fork()
@@ -120,7 +120,7 @@ def _read_one(module: Any, variables: Any, assembly: Assembly, place: str) -> No
             raise ValueError(f"layer {place}: Residual adds activations {assembly.shape} to its input {shape}")
         assembly.join()
     elif module is nnx.relu or module is jax.nn.relu:
-        assembly.activation(lambda shape: layers.ReLU())
+        assembly.activation(lambda shape: activations.ReLU())
     elif not isinstance(module, nnx.Module | nn.Module) and callable(module):
         _function(module, assembly, place)
     else:

@@ -7,13 +7,14 @@ from typing import Any
 
 from flax import nnx
 
-from lipjax import data, losses, margins, methods, models, schedules, settings, training
+from lipjax import data, losses, margins, methods, models, reading, schedules, settings, training
 from lipjax.checkpoints import Checkpoints, unflat
 from lipjax.errors import InputError
 from lipjax.methods import Method
+from lipjax.rule import Rule
 from lipjax.settings import Config
 
-MARGINS = {
+FORWARD = {
     "pairwise_lipschitz": margins.pairwise_lipschitz,
     "box_and_ball": margins.box_and_ball,
     "lipschitz_margin": margins.lipschitz_margin,
@@ -77,7 +78,7 @@ def objective_of(config: Config) -> methods.Objective:
         local=method.norms == "local",
         box=settings.has_box(method),
         ball=method.norms != "none",
-        margins=MARGINS[method.margins],
+        margins=margins_of(config),
         head_norm=method.margins == "lipschitz_margin",
         loss=WORST_CASE[method.loss],
         sparsity=config.sparsity.weight,
@@ -85,9 +86,16 @@ def objective_of(config: Config) -> methods.Objective:
     )
 
 
+def margins_of(config: Config) -> methods.Margins:
+    """How a config bounds margins in training."""
+    if config.method.margins == "dual":
+        return methods.DualMargins(config.dual.num_rivals, config.dual.num_steps)
+    return methods.forward(FORWARD[config.method.margins])
+
+
 def restore_model(
     workdir: pathlib.Path, config: Config, dataset: data.Dataset, which: str
-) -> tuple[nnx.Sequential, dict[str, Any]]:
+) -> tuple[nnx.Sequential, Rule | None, dict[str, Any]]:
     """The trained model of a run.
 
     Args:
@@ -97,16 +105,17 @@ def restore_model(
         which: ``"best"`` (by the validation split; the last one where there is none) or ``"last"``.
 
     Returns:
-        The model, and the metadata of its checkpoint.
+        The model, the trained slopes of the dual where it was trained through it, and the metadata of its checkpoint.
 
     Raises:
         InputError: no checkpoint.
     """
     folders = ["best", "last"] if which == "best" else ["last"]
+    items = ("params", "rule") if config.method.margins == "dual" else ("params",)
     for name in folders:
         folder = workdir / "checkpoints" / name
         try:
-            found = Checkpoints(folder).restore() if folder.exists() else None
+            found = Checkpoints(folder).restore(items) if folder.exists() else None
         except InputError:
             if name == "last":
                 raise
@@ -117,5 +126,8 @@ def restore_model(
             state = nnx.state(model, nnx.Param)
             nnx.replace_by_pure_dict(state, unflat(nnx.to_pure_dict(state), arrays["params"]))
             nnx.update(model, state)
-            return model, {**facts, "checkpoint": name}
+            network = reading.from_flax(model, dataset.images.shape[1:])
+            like = objective_of(config).rule(network)
+            rule = None if like is None else unflat(like, arrays["rule"])
+            return model, rule, {**facts, "checkpoint": name}
     raise InputError(f"no checkpoint in {workdir / 'checkpoints'}; train with --workdir {workdir} first")

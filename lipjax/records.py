@@ -18,7 +18,7 @@ from lipjax.errors import InputError
 from lipjax.networks import Network
 from lipjax.reports import replace_text
 
-FIELDS = ("level", "delta", "eps", "dtype", "versions", "network_sha256", "dataset", "split", "seed")
+FIELDS = ("level", "delta", "domain", "eps", "dtype", "versions", "network_sha256", "dataset", "split", "seed")
 
 
 def fingerprint(network: Network) -> str:
@@ -59,7 +59,7 @@ def load_certificates(path: str | pathlib.Path, network: Network) -> tuple[dict[
 
     Returns:
         ``(columns, summary)``: arrays by name, one entry per example, and what they rest on: level, delta, eps, dtype,
-        versions, data set and split, seed of the key.
+        versions, domain, data set and split, seed of the key.
 
     Raises:
         InputError: the file cannot be read, lacks something, or is about another network.
@@ -70,6 +70,7 @@ def load_certificates(path: str | pathlib.Path, network: Network) -> tuple[dict[
         summary = json.loads(str(columns.pop("summary")))
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise InputError(f"{path} is not a whole file of certificates: {error}; run certify.py again") from None
+    summary.setdefault("domain", "ball")  # there was no other before 0.4.0
     missing = [name for name in FIELDS if name not in summary]
     if missing:
         raise InputError(f"{path} does not state {', '.join(missing)}; run certify.py again")

@@ -6,7 +6,11 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
+
+# Which inputs a claim is about: the whole l2 ball, or what of it lies in the pixel range [0, 1].
+DOMAINS = ("ball", "pixels")
 
 
 @jax.tree_util.register_dataclass
@@ -24,6 +28,7 @@ class Region:
         radius: scalar, l2 radius of the ball around ``center``, or None.
         live: boolean, shaped like ``center``: the coordinates that can vary over the region.
         finite: boolean scalar: every bound so far was finite. A certificate requires it.
+        domain: of a first region, which inputs it holds: one of :data:`DOMAINS`.
     """
 
     lower: Array | None
@@ -32,6 +37,7 @@ class Region:
     radius: Array | None
     live: Array
     finite: Array
+    domain: str = dataclasses.field(default="ball", metadata={"static": True})
 
     def reshape(self, shape: tuple[int, ...]) -> Region:
         """The same region with its coordinates arranged in another shape, in C order."""
@@ -63,30 +69,50 @@ class Region:
         return dataclasses.replace(self, radius=None)
 
 
-def l2_ball(x: Array, eps: Array | float) -> Region:
-    """The full l2 ball of radius ``eps`` around one input, with the smallest box that contains it.
-
-    The ball is not cut to the pixel range [0, 1], so what is proven holds for every point of it.
+def l2_ball(x: Array, eps: Array | float, domain: str = "ball") -> Region:
+    """The l2 ball of radius ``eps`` around one input, with the smallest box that contains it.
 
     Args:
         x: one input, any shape, in [0, 1] pixels.
         eps: scalar radius, in the same pixel scale.
+        domain: ``"ball"``, the full ball, which reaches beyond the pixel range; or ``"pixels"``, what of it lies in
+            [0, 1], where what is proven holds for images alone.
 
     Returns:
         A region in which every coordinate is live.
 
     Raises:
         TypeError: x is not float32 or float64; any narrower type would round eps and the box inwards.
-        ValueError: eps is not a scalar, or known and negative. A traced negative eps makes the region not finite.
+        ValueError: eps is not a scalar, or known and negative (a traced negative eps makes the region not finite); an
+            unknown domain, or known inputs outside of the pixel range that it is cut to.
     """
     check_pixels(x)
+    check_domain(x, domain)
     if jnp.ndim(eps):
         raise ValueError(f"eps has shape {jnp.shape(eps)}; expected one radius for the whole batch (vmap over others)")
     if not isinstance(eps, jax.core.Tracer) and eps < 0:
         raise ValueError(f"eps is {eps}; expected a radius of at least 0, in [0, 1] pixels")
     eps = jnp.where(jnp.asarray(eps, x.dtype) < 0, jnp.nan, jnp.asarray(eps, x.dtype))
     lower, upper = x - eps, x + eps
-    return Region(lower, upper, x, eps, jnp.ones(x.shape, bool), all_finite(lower, upper))
+    finite = all_finite(lower, upper)
+    if domain == "pixels":
+        lower, upper = jnp.maximum(lower, 0), jnp.minimum(upper, 1)
+        finite = finite & jnp.all((x >= 0) & (x <= 1))  # a center outside of its box would prove anything
+    return Region(lower, upper, x, eps, jnp.ones(x.shape, bool), finite, domain)
+
+
+def check_domain(x: Array, domain: str) -> None:
+    """Raises ValueError unless the domain is known, and known inputs lie in it."""
+    if domain not in DOMAINS:
+        raise ValueError(f"domain={domain!r} is not known; give one of {', '.join(DOMAINS)}")
+    if domain == "pixels" and not isinstance(x, jax.core.Tracer):
+        values = np.asarray(x)
+        outside = values[~((values >= 0) & (values <= 1))]
+        if outside.size:
+            raise ValueError(
+                f"x holds {outside[0]:g}, but domain='pixels' is about inputs in [0, 1]; give images as pixels / 255, "
+                "or domain='ball'"
+            )
 
 
 def check_pixels(x: Array) -> None:

@@ -14,6 +14,8 @@ LEVELS = {
     "probabilistic": "norms bounded from above but for a probability delta of {delta:g}",
     "deterministic": "norms bounded from above",
 }
+# What a domain is, likewise.
+DOMAINS = {"ball": "on the whole l2 ball", "pixels": "on the l2 ball within the pixel range [0, 1]"}
 
 
 def read_rows(workdir: pathlib.Path, before: int) -> list[Row]:
@@ -72,36 +74,37 @@ def replace_text(path: pathlib.Path, text: str) -> None:
 
 
 def print_table(summary: Row) -> None:
-    """The three accuracies of an evaluation, with what they rest on."""
+    """The accuracies of an evaluation, with what they rest on."""
+    domain = DOMAINS[summary["domain"]]
     counts = summary["counts"]
+    claim = f"level {summary['level']}: {LEVELS[summary['level']].format(delta=summary['delta'])}"
     rows = [
         ("clean", summary["clean_accuracy"], counts["correct"], ""),
-        ("PGD", summary["pgd_accuracy"], counts["correct_after_pgd"], f"l2, eps {summary['eps']:.6g}, 100 steps"),
-        (
-            "certified",
-            summary["certified_accuracy"],
-            counts["certified"],
-            f"level {summary['level']}: {LEVELS[summary['level']].format(delta=summary['delta'])}",
-        ),
+        ("PGD", summary["pgd_accuracy"], counts["correct_after_pgd"], "l2, 100 steps, cut to [0, 1], the paper's"),
+        ("attack", summary["attack_accuracy"], counts["correct_after_attack"], f"that or the stronger, {domain}"),
+        ("certified", summary["certified_accuracy"], counts["certified"], claim),
     ]
     print(
-        f"\n{summary['dataset']} {summary['split']}, {counts['examples']} images, eps {summary['eps']:.6g}, "
+        f"\n{summary['dataset']} {summary['split']}, {counts['examples']} images, eps {summary['eps']:.6g}, {domain}, "
         f"checkpoint {summary['checkpoint']} of epoch {summary['checkpoint_epoch']}"
     )
     print(f"{'accuracy':<12}{'fraction':>10}{'images':>10}   remark")
     for name, fraction, images, remark in rows:
+        if fraction is None:
+            continue  # it was not asked for
         print(f"{name:<12}{fraction:>10.4f}{images:>10}   {remark}")
     local = f"local {summary['mean_local_lipschitz']:.4g} on average, " if "mean_local_lipschitz" in summary else ""
-    print(
-        f"Lipschitz constant of the feature map: {local}global {summary['global_lipschitz']:.4g}; with global norms "
-        f"{counts['certified_with_global_norms']} are certified"
-    )
+    print(f"Lipschitz constant of the feature map: {local}global {summary['global_lipschitz']:.4g}")
     if "median_radius" in summary:
         print(f"certified radius: median {summary['median_radius']:.4g}, 0 for what is wrong")
     print("decided by: " + ", ".join(f"{stage} {number}" for stage, number in counts["decided"].items()))
+    cost = summary["cost_per_image"]
+    print(
+        f"cost per image: {cost['products']:.0f} products, {cost['dual_steps']:.0f} dual steps, {cost['seconds']:.2f} s"
+    )
     verdict = "is no proof" if summary["level"] == "estimate" else "is a bound: this is a bug, please report it"
     for attacked, what in (
-        (counts["certified_but_attacked"], "count as certified, but PGD broke them"),
+        (counts["certified_but_attacked"], "count as certified, but an attack broke them"),
         (summary.get("radii_but_attacked"), "were broken by PGD inside of their certified radii"),
     ):
         if attacked:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import numbers
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -14,10 +16,14 @@ from jax import Array
 
 from lipjax import bounds
 from lipjax.certificates import Certificate
-from lipjax.certifier import Certifier, checked_key
+from lipjax.certifier import Certifier
+from lipjax.ledger import checked_key
 from lipjax.networks import Network
+from lipjax.pairs import Ascent
 from lipjax.radius import certified_radii
-from lipjax.regions import check_pixels, l2_ball
+from lipjax.regions import check_domain, check_pixels, l2_ball
+from lipjax.rule import Rule
+from lipjax.stages import BOUNDING, Batch, Dual, Global, Local, checked_names, climb, no_evidence
 
 
 def certify(
@@ -30,8 +36,15 @@ def certify(
     delta: float = 1e-6,
     key: Array | None = None,
     rtol: float = 1e-3,
+    stages: Sequence[str] | None = None,
+    dual_steps: int = 60,
+    rule: Rule | None = None,
+    domain: str = "ball",
 ) -> Certificate:
     """Bound the worst-case margins of a batch on its eps-balls.
+
+    Stage by stage, each for the examples that those before have not certified: the norms of the whole layers, norms of
+    each example's own, and the dual with those norms.
 
     Args:
         network: the classifier.
@@ -42,9 +55,16 @@ def certify(
         delta: total probability that anything returned is wrong, for ``"probabilistic"``.
         key: draws the random starts; not used for anything else, and independent of x and of the network.
         rtol: relative gap at which a norm is tight enough.
+        stages: some of ``("global", "local", "dual")``, in this order; default all, at level ``"estimate"`` the first
+            two.
+        dual_steps: steps of ascent for each rival, in the dual.
+        rule: trained slopes that the dual may start from.
+        domain: ``"ball"``, the whole l2 ball, or ``"pixels"``, what of it lies in [0, 1]: the claim is about those
+            inputs alone.
 
     Returns:
-        A certificate for each example. A tie, a wrong prediction and a NaN or infinity on the way are not certified.
+        A certificate for each example, with the smallest Lipschitz constant that was computed and the largest lower
+        bound of the worst margin. A tie, a wrong prediction and a NaN or infinity on the way are not certified.
 
     Soundness:
         See ``level``: with ``"probabilistic"`` all bounds hold together with a probability of at least 1 - delta over
@@ -56,9 +76,14 @@ def certify(
         ValueError: x is not a batch of inputs of the network, the labels do not fit it, or an option cannot be used.
     """
     _check(network, x, eps)
-    bounds.check_labels(network, x, label)
-    certifier = Certifier(network, len(x), level=level, delta=delta, key=key, rtol=rtol)
-    found = certifier.locally(x, label, eps, jnp.arange(len(x))).certificate
+    bounds.check_labels(network.num_classes, x, label)
+    names = _stages(stages, level)
+    certifier = Certifier(network, len(x), level=level, delta=delta, key=key, rtol=rtol, domain=domain)
+    check_domain(x, domain)
+    known = {"global": Global(eps), "local": Local(eps), "dual": Dual(eps, _ascent(dual_steps, rule))}
+    evidence = no_evidence(certifier, np.asarray(label))
+    climb(tuple(known[name] for name in names), certifier, evidence, functools.partial(_whole, x, label))
+    found = evidence.certificate(level, domain)
     return dataclasses.replace(
         found,
         prediction=jnp.asarray(found.prediction),
@@ -76,6 +101,9 @@ def certified_radius(
     max_eps: float | None = None,
     tol: float = 1e-3,
     max_rounds: int = 20,
+    stages: Sequence[str] | None = None,
+    dual_steps: int = 60,
+    rule: Rule | None = None,
     **options: Any,
 ) -> Array:
     """The largest eps of each example that passed the test of :func:`certify` in a bisection.
@@ -90,7 +118,11 @@ def certified_radius(
         max_eps: no larger radius is tried; default the diameter of the pixel range.
         tol: width of the last interval, in pixels.
         max_rounds: tests per example; delta is divided by them in advance.
-        **options: ``level``, ``delta``, ``key`` and ``rtol`` as of :func:`certify`.
+        stages: which tests there are, ``dual_steps`` and ``rule`` likewise as of :func:`certify`. The dual goes on from
+            radius to radius with the multipliers that it has found.
+        dual_steps: steps of ascent for each rival and radius.
+        rule: trained slopes that the dual may start from.
+        **options: ``level``, ``delta``, ``key``, ``rtol`` and ``domain`` as of :func:`certify`.
 
     Returns:
         Shape (B,): 0 where the prediction is not the label, or nothing passed.
@@ -103,15 +135,18 @@ def certified_radius(
         ValueError: as of :func:`certify`, or max_eps, tol or max_rounds is not more than 0.
     """
     _check(network, x, 0.0)
-    bounds.check_labels(network, x, label)
+    bounds.check_labels(network.num_classes, x, label)
     for name, value in (("max_eps", math.sqrt(x[0].size) if max_eps is None else max_eps), ("tol", tol)):
         if not (isinstance(value, numbers.Real) and value > 0 and math.isfinite(value)):
             raise ValueError(f"{name}={value!r} cannot be used; give a finite number more than 0, in pixels")
     if not (isinstance(max_rounds, numbers.Integral) and max_rounds > 0):
         raise ValueError(f"max_rounds={max_rounds!r} cannot be used; give an integer more than 0")
+    names, ascent = _stages(stages, options.get("level", "probabilistic")), _ascent(dual_steps, rule)
     certifier = Certifier(network, len(x), rounds=max_rounds, **options)
+    check_domain(x, certifier.domain)
     batch = (np.asarray(x), np.asarray(label), np.arange(len(x)))
-    return _outward(certified_radii(certifier, *batch, max_eps=max_eps, tol=tol), -np.inf)
+    radii = certified_radii(certifier, *batch, max_eps=max_eps, tol=tol, stages=names, options=ascent)
+    return _outward(radii, -np.inf)
 
 
 def local_lipschitz(network: Network, x: Array, eps: Array | float, **options: Any) -> Array:
@@ -162,6 +197,33 @@ def global_lipschitz(network: Network, **options: Any) -> Array:
     if options.get("level") == "estimate":
         return jnp.asarray(network.lipschitz(bounds.global_norms(network, _estimate(**options))[0]))
     return _outward(np.float64(Certifier(network, 0, **options).global_lipschitz), np.inf)
+
+
+def _stages(stages: Sequence[str] | None, level: str) -> tuple[str, ...]:
+    """The names of the stages of a level."""
+    if stages is None:
+        return BOUNDING if level != "estimate" else ("global", "local")
+    names = checked_names(stages, BOUNDING)
+    if level == "estimate" and "dual" in names:
+        raise ValueError(
+            f"stages={','.join(names)} end in a proof, which level='estimate' is not; leave out 'dual', or give a "
+            "level that is a bound"
+        )
+    return names
+
+
+def _ascent(dual_steps: int, rule: Rule | None) -> Ascent:
+    if not (isinstance(dual_steps, numbers.Integral) and dual_steps >= 0):
+        raise ValueError(f"dual_steps={dual_steps!r} cannot be used; give an integer of at least 0")
+    return Ascent(int(dual_steps), rule)
+
+
+def _whole(x: Array, label: Array, places: np.ndarray, title: str) -> Iterator[tuple[np.ndarray, Batch]]:
+    """One batch of some places, filled up by repeating to the size of all, so that little is compiled."""
+    del title
+    if places.size:
+        index = np.resize(places, len(x))
+        yield places, Batch(np.asarray(x)[index], np.asarray(label)[index], index)
 
 
 def _estimate(

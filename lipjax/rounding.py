@@ -83,6 +83,20 @@ def output_errors(layer: Affine, entering: Region) -> Array:
     return _relative(layer) * jnp.minimum(magnitude(layer, entering), around) + _flushed(layer, entering)
 
 
+def adjoint_errors(layer: Affine, entering: Region, unit: float = UNIT64) -> Array:
+    """What the dual's products with a layer may round, for each unit of its multipliers (out_shape).
+
+    ``W^T g`` and ``<g, b>`` are off by at most gamma ``|W|^T |g|`` and gamma ``<|g|, |b|>``: by ``<|g|, gamma (|W| A +
+    |b|)>`` together, whatever activation of at most A meets the first.
+
+    Args:
+        layer: the affine layer.
+        entering: the region before it.
+        unit: unit roundoff of the evaluation.
+    """
+    return 2 * gamma(max(layer.terms, layer.adjoint_terms), unit) * magnitude(layer, entering)
+
+
 def error_norm(layer: Affine, entering: Region, rows: Array) -> Array:
     """The same for all outputs that matter together, as an l2 norm: what the layer adds to the radius behind it.
 
@@ -129,11 +143,8 @@ def without_overflow(region: Region, largest: Array) -> Region:
     return dataclasses.replace(region, finite=region.finite & fits)
 
 
-def widen_sum(joined: Region, kept: Region) -> Region:
-    """The region of a residual sum x + f(x), box and ball widened by what one addition may round.
-
-    A sum of two constants is one, but not the same in float32 and in exact arithmetic: unless both are zero, it counts
-    as varying.
+def sum_errors(joined: Region, kept: Region) -> Array:
+    """How far each float32 entry of a residual sum x + f(x) may be from the exact sum of the same two numbers.
 
     Args:
         joined: the region of the sum.
@@ -143,7 +154,16 @@ def widen_sum(joined: Region, kept: Region) -> Region:
     largest = jnp.maximum(jnp.abs(lower), jnp.abs(upper))
     cut = jnp.abs(kept.center) + jnp.where(kept.live, kept.ball, 0)
     slack = MORE * UNIT32 * largest + 8 * UNIT64 * cut  # the cut is center -+ ball: two operations
-    slack = jnp.where(slack == 0, 0, slack + 2 * SMALLEST32)
+    return jnp.where(slack == 0, 0, slack + 2 * SMALLEST32)
+
+
+def widen_sum(joined: Region, slack: Array) -> Region:
+    """The region of a residual sum, box and ball widened by :func:`sum_errors`.
+
+    A sum of two constants is one, but not the same in float32 and in exact arithmetic: unless both are zero, it counts
+    as varying.
+    """
+    lower, upper = joined.box
     radius = UP * (joined.ball + length(slack))
     live = joined.live | ~(slack == 0)
     return dataclasses.replace(joined, lower=lower - slack, upper=upper + slack, radius=radius, live=live)

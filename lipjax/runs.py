@@ -105,6 +105,7 @@ class Run:
         network = reading.from_flax(self.model, self.train.images.shape[1:])
         objective = self.method.objective
         vectors = jax.jit(training.initial_vectors)(objective.layers(network), jax.random.fold_in(key, 0))
+        rule = objective.rule(network)
         own = tuple(vectors[place] for place in objective.kept(network))
 
         def rows(num_examples: int) -> tuple[np.ndarray, ...]:
@@ -118,6 +119,8 @@ class Run:
             vectors,
             rows(len(self.train)),
             rows(len(self.validation)),
+            rule,
+            None if rule is None else self.method.optimizer.init(rule),
         )
 
     def spread(self, state: TrainState) -> TrainState:
@@ -167,19 +170,23 @@ class Run:
     def save_last(self, state: TrainState, epoch: int) -> None:
         """Write the checkpoint to resume from."""
         whole = self.gathered(state)
-        rest = flat(dataclasses.replace(whole, params=None))
-        facts = {"step": int(whole.step), "devices": self.devices}
-        self.last.save(epoch, flat(nnx.to_pure_dict(whole.params)), rest, facts)
+        items = {
+            "params": flat(nnx.to_pure_dict(whole.params)),
+            "training": flat(dataclasses.replace(whole, params=None, rule=None)),
+            "rule": flat(whole.rule),
+        }
+        self.last.save(epoch, items, {"step": int(whole.step), "devices": self.devices})
 
     def save_best(self, state: TrainState, epoch: int) -> None:
         """Write the parameters that are the best so far."""
-        params = jax.tree.map(sharding.first_shard, state.params)
-        self.best.save(epoch, flat(nnx.to_pure_dict(params)), None, {"step": int(sharding.first_shard(state.step))})
+        params, rule = jax.tree.map(sharding.first_shard, (state.params, state.rule))
+        items = {"params": flat(nnx.to_pure_dict(params)), "rule": flat(rule)}
+        self.best.save(epoch, items, {"step": int(sharding.first_shard(state.step))})
 
     def restored(self) -> tuple[TrainState, int]:
         """The state of the last whole checkpoint and its epoch, or the initial state and 0."""
         state = self.initial_state()
-        found = self.last.restore(("params", "training"))
+        found = self.last.restore(("params", "training", *(() if state.rule is None else ("rule",))))
         if found is None:
             return state, 0
         arrays, facts = found
@@ -192,8 +199,9 @@ class Run:
         self.best.drop_after(int(facts["epoch"]))
         params = unflat(nnx.to_pure_dict(state.params), arrays["params"])
         nnx.replace_by_pure_dict(state.params, params)
-        rest = unflat(dataclasses.replace(state, params=None), arrays["training"])
-        return dataclasses.replace(rest, params=state.params), int(facts["epoch"])
+        rest = unflat(dataclasses.replace(state, params=None, rule=None), arrays["training"])
+        rule = None if state.rule is None else unflat(state.rule, arrays["rule"])
+        return dataclasses.replace(rest, params=state.params, rule=rule), int(facts["epoch"])
 
     def _sweep(self, step, state: TrainState, images: Images, batches: Iterator[Batch], bar: tqdm | None):
         """Run a step over batches: the state and the metrics averaged over the examples."""

@@ -15,7 +15,7 @@ from lipjax.errors import InputError
 
 Config = Any  # an ml_collections.ConfigDict, whose entries are known at run time only
 NORMS = ("local", "global", "none")
-MARGINS = ("pairwise_lipschitz", "box_and_ball", "lipschitz_margin", "none")
+MARGINS = ("pairwise_lipschitz", "box_and_ball", "lipschitz_margin", "dual", "none")
 WORST_CASE_LOSSES = ("gloro", "cross_entropy")
 LOSSES = (*WORST_CASE_LOSSES, "clean", "adversarial", "trades")
 STARTS = ("saved", "random")
@@ -24,6 +24,7 @@ SINCE = {
     "data": {"crop_padding": 0},
     "model": {"upper_clip": (1.0,), "lower_clip": (-1.0,)},
     "power_iteration": {"start": "saved", "global_layers": ()},
+    "dual": {"num_rivals": 2, "num_steps": 6},
     "sparsity": {"weight": 0.0, "weight_theta": 1.0},
 }
 
@@ -101,6 +102,8 @@ def check(config: Config) -> None:
         ("schedule.batch_size", 1),
         ("power_iteration.num_iters", 1),
         ("power_iteration.global_iters", 1),
+        ("dual.num_rivals", 1),
+        ("dual.num_steps", 1),
         ("probe.size", 0),
         ("probe.max_iters", 1),
         ("checkpoint.every", 1),
@@ -122,7 +125,7 @@ def check(config: Config) -> None:
 
 def has_box(method: Config) -> bool:
     """Whether a method of a config bounds each neuron."""
-    return method.norms == "local" or method.margins == "box_and_ball"
+    return method.norms == "local" or method.margins in ("box_and_ball", "dual")
 
 
 def check_same(config: Config, before: Config) -> None:

@@ -16,6 +16,7 @@ from lipjax import augmentation, bounds
 from lipjax.layers import Affine
 from lipjax.methods import Method, Metrics
 from lipjax.reading import from_flax
+from lipjax.rule import Rule
 
 AXIS = "devices"
 
@@ -33,6 +34,8 @@ class TrainState:
         global_vectors: one bfloat16 vector per layer, for the norm of the whole layer.
         vectors: bfloat16 (examples, ...) for each place where examples keep vectors of their own.
         validation_vectors: the same for the validation split.
+        rule: trained slopes of the dual, or None.
+        rule_opt_state: of their optimiser, or None.
     """
 
     step: Array
@@ -42,6 +45,8 @@ class TrainState:
     global_vectors: tuple[Array, ...]
     vectors: tuple[Array, ...]
     validation_vectors: tuple[Array, ...]
+    rule: Rule | None = None
+    rule_opt_state: Any = None
 
 
 @jax.tree_util.register_dataclass
@@ -101,22 +106,28 @@ def train_step(
         x = augmentation.crops_and_flips(own_key, x, method.crop_padding)
     share = batch.weight / lax.psum(jnp.sum(batch.weight), AXIS)
 
-    def objective(params: Any) -> tuple[Array, tuple]:
+    def objective(params: Any, rule: Rule | None) -> tuple[Array, tuple]:
         network = from_flax(nnx.merge(graphdef, params), x.shape[1:])
-        result = method.objective(network, x, label, eps, kappa, stored, state.global_vectors, key)
+        result = method.objective(network, x, label, eps, kappa, stored, state.global_vectors, key, rule)
         return jnp.sum(share * result[0]), result
 
-    gradient, (loss, metrics, vectors, global_vectors) = jax.grad(objective, has_aux=True)(state.params)
-    gradient = lax.psum(gradient, AXIS)
+    gradients, result = jax.grad(objective, argnums=(0, 1), has_aux=True)(state.params, state.rule)
+    gradient, of_rule = lax.psum(gradients, AXIS)
+    loss, metrics, vectors, global_vectors = result
     updates, opt_state = method.optimizer.update(gradient, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
+    params, rule, rule_opt_state = optax.apply_updates(state.params, updates), state.rule, state.rule_opt_state
+    if rule is not None:
+        updates, rule_opt_state = method.optimizer.update(of_rule, rule_opt_state, rule)
+        rule = optax.apply_updates(rule, updates)
     kept = tuple(_scatter(old, batch, new) for old, new in zip(state.vectors, vectors, strict=True))
     metrics = _average({"loss": loss, **metrics}, share) | {"learning_rate": method.learning_rate(state.step)}
     metrics["eps"], metrics["kappa"] = jnp.asarray(eps, jnp.float32), jnp.asarray(kappa, jnp.float32)
-    finite = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves((params, gradient))]
+    finite = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves((params, rule, gradients))]
     metrics["finite"] = jnp.all(jnp.stack(finite)) & jnp.isfinite(metrics["loss"])
     new_state = TrainState(
-        state.step + 1, params, opt_state, state.key, _stored(global_vectors), kept, state.validation_vectors
+        *(state.step + 1, params, opt_state, state.key, _stored(global_vectors), kept, state.validation_vectors),
+        rule=rule,
+        rule_opt_state=rule_opt_state,
     )
     return new_state, metrics
 
@@ -129,7 +140,9 @@ def validation_step(
     network = from_flax(nnx.merge(graphdef, state.params), x.shape[1:])
     stored = tuple(_gather(vectors, batch.index) for vectors in state.validation_vectors)
     key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
-    loss, metrics, vectors, _ = method.objective(network, x, label, eps, 0.0, stored, state.global_vectors, key)
+    loss, metrics, vectors, _ = method.objective(
+        network, x, label, eps, 0.0, stored, state.global_vectors, key, state.rule
+    )
     share = batch.weight / lax.psum(jnp.sum(batch.weight), AXIS)
     kept = tuple(_scatter(old, batch, new) for old, new in zip(state.validation_vectors, vectors, strict=True))
     return dataclasses.replace(state, validation_vectors=kept), _average({"loss": loss, **metrics}, share)

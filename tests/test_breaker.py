@@ -50,7 +50,7 @@ def test_a_hundred_thousand_attacks_break_no_certificate(tmp_path):
 def subject():
     """Images of the shipped run within radii by the oracle: margin / (norms of all layers * ||w_y - w_j||)."""
     config, dataset = settings.load(SHIPPED), data.load("digits", "test").take(slice(40))
-    model, _ = recipe.restore_model(SHIPPED, config, dataset, "best")
+    model, _, _ = recipe.restore_model(SHIPPED, config, dataset, "best")
     network = lipjax.from_flax(model, dataset.images.shape[1:])
     x, label = breaker.pixels(dataset)
     exact = oracles.DenseNetwork(network)

@@ -63,7 +63,8 @@ def test_negative_eps_is_refused_and_a_traced_one_not_certified():
         lipjax.certify(network, x, label, -5.0, **SOUND)
     traced = jax.jit(lambda eps: lipjax.propagate(network, lipjax.l2_ball(x[0], eps), lipjax.Given(jnp.ones(2))))
     bounds = traced(jnp.float32(-5.0))
-    assert not bool(certificate(network, bounds.features, bounds.lipschitz, label[0], "estimate").certified)
+    margins = lipjax.box_and_ball(network.head, bounds.features, label[0])
+    assert not bool(certificate(network, bounds, margins, label[0], "estimate").certified)
 
 
 def test_saturated_logits_are_attacked_all_the_same():

@@ -10,7 +10,7 @@ import oracles
 import pytest
 from flax import nnx
 
-from lipjax import ClippedMaxMin, ClippedReLU, MaxMin, ReLU, from_flax, layers, models
+from lipjax import ClippedMaxMin, ClippedReLU, MaxMin, MaxPool, ReLU, from_flax, layers, models
 
 RNGS = nnx.Rngs(0)
 RNG = np.random.default_rng(0)
@@ -229,7 +229,7 @@ def test_a_network_is_a_pytree_with_a_static_structure():
     leaves, structure = jax.tree.flatten(network)
     assert len(leaves) == 4
     again = jax.tree.unflatten(structure, leaves)
-    assert isinstance(again.blocks[0].activation, layers.ReLU)
+    assert isinstance(again.blocks[0].activation, ReLU)
     assert again.input_shape == (3,)
 
 
@@ -387,9 +387,9 @@ def test_a_network_that_computes_something_else_than_its_model_is_refused(monkey
 
 
 def test_max_pooling_has_the_constant_of_its_overlap():
-    assert layers.MaxPool((8, 8, 1), (2, 2), (2, 2), ((0, 0), (0, 0))).lipschitz == 1.0
-    assert layers.MaxPool((9, 9, 1), (3, 3), (2, 2), ((0, 0), (0, 0))).lipschitz == 2.0
-    assert layers.MaxPool((9, 9, 1), (3, 3), (1, 2), ((0, 0), (0, 0))).lipschitz == pytest.approx(np.sqrt(6))
+    assert MaxPool((8, 8, 1), (2, 2), (2, 2), ((0, 0), (0, 0))).lipschitz == 1.0
+    assert MaxPool((9, 9, 1), (3, 3), (2, 2), ((0, 0), (0, 0))).lipschitz == 2.0
+    assert MaxPool((9, 9, 1), (3, 3), (1, 2), ((0, 0), (0, 0))).lipschitz == pytest.approx(np.sqrt(6))
     # one bright input that wins in four windows: the change is exactly twice as long
-    pool, bright = layers.MaxPool((5, 5, 1), (3, 3), (2, 2), ((1, 1), (1, 1))), jnp.zeros((5, 5, 1)).at[1, 1].set(1.0)
+    pool, bright = MaxPool((5, 5, 1), (3, 3), (2, 2), ((1, 1), (1, 1))), jnp.zeros((5, 5, 1)).at[1, 1].set(1.0)
     assert float(jnp.linalg.norm(pool(bright))) == pool.lipschitz == 2.0

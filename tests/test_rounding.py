@@ -15,16 +15,20 @@ from hypothesis import strategies as st
 from lipjax import (
     Block,
     ClippedReLU,
+    Fork,
     Identity,
+    Join,
     Network,
     ReLU,
     bounds,
-    certifier,
+    box_and_ball,
     convolution,
     dense,
+    enclosures,
     l2_ball,
     rounding,
 )
+from lipjax.certificates import certificate
 
 SEEDS = st.integers(0, 10**6)
 
@@ -146,16 +150,16 @@ def features_region(network, center, eps):
     """The region of the features as the certifier has it, with exact norms of the masked layers; and logit errors."""
     with jax.enable_x64(True):
         wide, eps = in_float64(network), jnp.full(1, eps, jnp.float64)
-        region = certifier._enter(jnp.asarray(center, jnp.float64)[None], eps)
-        for block, (matrix, _) in zip(wide.blocks, oracles.DenseNetwork(network).layers, strict=True):
-            before, rows, columns, rounded = certifier._before(block, region)
-            masked = matrix * np.asarray(rows).reshape(-1, 1) * np.asarray(columns).reshape(1, -1)
-            sigma = jnp.full(1, oracles.spectral_norm(masked) * (1 + 1e-12), jnp.float64)
-            region, _ = certifier._after(block, before, sigma, rounded)
-        region = jax.tree.map(lambda leaf: leaf[0], region).reshape(network.head.in_shape)
-        errors = np.asarray(rounding.logit_errors(wide.head, region))
-        assert errors.dtype == np.float64
-        return jax.tree.map(np.asarray, region), errors
+        region = enclosures.enter(jnp.asarray(center, jnp.float64)[None], eps, "ball")
+        matrices = [matrix for matrix, _ in oracles.DenseNetwork(network).layers]
+
+        def sigma(place, layer, rows, columns):
+            masked = matrices[place] * np.asarray(rows).reshape(-1, 1) * np.asarray(columns).reshape(1, -1)
+            return np.full(1, oracles.spectral_norm(masked) * (1 + 1e-12))
+
+        found = enclosures.enclose(wide, region, sigma, enclosures.FLOAT32)
+        assert found.logits.dtype == np.float64
+        return jax.tree.map(lambda leaf: np.asarray(leaf[0]), (found.bounds.features, found.logits))
 
 
 @jax.jit
@@ -247,12 +251,12 @@ def test_a_sum_of_constants_that_float32_rounds_counts_as_varying():
         return Block(dense(jnp.zeros((inputs, 2)), jnp.array([5.0, -5.0]), (inputs,)), clips)
 
     with jax.enable_x64(True):
-        regions = [certifier._enter(jnp.zeros((1, 1)), jnp.full(1, 0.1))]
-        for block in map(in_float64, (constant(1, 0.1), constant(2, 0.2))):
-            before, _, _, rounded = certifier._before(block, regions[-1])
-            regions.append(certifier._after(block, before, jnp.zeros(1), rounded)[0])
-        joined = jax.tree.map(np.asarray, certifier._join(*regions[1:]))
-    assert not np.any([regions[1].live, regions[2].live])
+        steps = (constant(1, 0.1), Fork(), constant(2, 0.2), Join())
+        network = in_float64(Network(steps, dense(jnp.ones((2, 2)), jnp.zeros(2), (2,))))
+        region = enclosures.enter(jnp.zeros((1, 1)), jnp.full(1, 0.1), "ball")
+        found = enclosures.enclose(network, region, lambda *_: np.zeros(1), enclosures.FLOAT32)
+        joined = jax.tree.map(np.asarray, found.bounds.features)
+    assert not np.any(found.bounds.live)
     np.testing.assert_array_equal(joined.live, [[True, False]])  # 0.1 + 0.2 is rounded, 0 + 0 is not
     computed, exact = float(np.float32(0.1) + np.float32(0.2)), float(np.float32(0.1)) + float(np.float32(0.2))
     assert computed != exact
@@ -289,17 +293,23 @@ def test_what_was_rounded_before_a_layer_grows_by_the_norm_of_the_masked_layer()
     assert 100 * rounding.UNIT32 < region.radius < 1000 * rounding.UNIT32
 
 
+class Poisoned(enclosures.Float32Inference):
+    def ball(self, layer, entering, rows, radius):
+        return jnp.nan * radius
+
+
 def test_a_rounding_that_is_not_a_number_certifies_nothing():
     block = Block(dense(jnp.eye(2), jnp.zeros(2), (2,)), ReLU())
     with jax.enable_x64(True):
         network = in_float64(Network((block,), dense(jnp.eye(2), jnp.zeros(2), (2,))))
-        before, _, _, rounded = certifier._before(
-            network.blocks[0], certifier._enter(jnp.array([[0.9, 0.1]]), jnp.full(1, 0.01))
-        )
-        for factor in (1.0, jnp.nan):
-            features, _ = certifier._after(network.blocks[0], before, jnp.ones(1), factor * rounded)
-            found = certifier._decide(network, features, jnp.ones(1), jnp.zeros(1, int), "deterministic")
-            assert bool(found.certified[0]) == (factor == 1)
+        region = enclosures.enter(jnp.array([[0.9, 0.1]]), jnp.full(1, 0.01), "ball")
+        for arithmetic in (enclosures.FLOAT32, Poisoned()):
+            found = enclosures.enclose(network, region, lambda *_: np.ones(1), arithmetic)
+            bounds = jax.tree.map(lambda leaf: leaf[0], found.bounds)
+            margins = box_and_ball(network.head, bounds.features, 0) - found.logits[0]
+            assert bool(certificate(network, bounds, margins, 0, "deterministic").certified) == (
+                arithmetic == enclosures.FLOAT32
+            )
 
 
 def test_magnitude_by_hand():

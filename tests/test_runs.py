@@ -171,7 +171,7 @@ def test_results_do_not_depend_on_the_batch_size(finished, tmp_path):
 def test_restored_model_is_an_ordinary_flax_model(finished):
     workdir, _ = finished
     config = settings.load(workdir)
-    model, facts = recipe.restore_model(workdir, config, data.load("digits", "test"), "last")
+    model, _, facts = recipe.restore_model(workdir, config, data.load("digits", "test"), "last")
     images = data.load("digits", "test").images[:5].astype(np.float32) / 16
     network = reading.from_flax(model, images.shape[1:])
     np.testing.assert_allclose(model(images), network(images), atol=1e-5)
@@ -204,7 +204,7 @@ def test_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoin
 def test_without_a_validation_split_best_is_last(tmp_path):
     config = shrunk("gloro", "--config.data.validation=0", "--config.schedule.epochs=1")
     runs.train(config, tmp_path / "run", resume=False)
-    _, facts = recipe.restore_model(tmp_path / "run", config, data.load("digits", "test"), "best")
+    _, _, facts = recipe.restore_model(tmp_path / "run", config, data.load("digits", "test"), "best")
     assert facts["checkpoint"] == "last"
     assert facts["epoch"] == 1
 

@@ -1,0 +1,67 @@
+"""The ledger of one certifier: the random starts that its claim rests on, and the key that draws them."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from lipjax import norms
+
+
+@dataclasses.dataclass
+class Ledger:
+    """What the norms of one certifier have cost, and how tight they came out.
+
+    Attributes:
+        planned: starts that delta was divided by.
+        starts: starts drawn.
+        delta_per_start: probability of failure of each, not a number where it has none.
+        products: products with a layer or its transpose, of one example.
+        largest_gap: the largest upper / lower - 1 of a norm, not a number for estimates.
+    """
+
+    planned: int
+    delta_per_start: float
+    starts: int = 0
+    products: int = 0
+    largest_gap: float = math.nan
+
+    def enter(self, found: norms.Norms) -> None:
+        """Count what was spent on some norms."""
+        self.starts += int(found.drawn.sum())
+        self.products += int(found.products.sum())
+        self.largest_gap = float(np.fmax.reduce(found.gap, initial=self.largest_gap))
+
+    def facts(self) -> dict[str, float | None]:
+        """Ready for JSON; None where a figure has no meaning at this level."""
+        facts = {
+            "starts_planned": self.planned,
+            "starts_drawn": self.starts,
+            "delta_per_start": self.delta_per_start,
+            "products": self.products,
+            "largest_gap": self.largest_gap,
+        }
+        return {name: None if math.isnan(value) else value for name, value in facts.items()}
+
+
+def checked_key(key: Array) -> Array:
+    """The key, if it is one.
+
+    Raises:
+        ValueError: it is anything but a single key.
+    """
+    is_key = isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    if not is_key or key.shape:
+        what = f"key has shape {key.shape}" if is_key else f"key={key!r} is a {type(key).__name__}"
+        raise ValueError(f"{what}; expected a single key, such as jax.random.key(seed)")
+    if "threefry" not in str(jax.random.key_impl(key)):
+        raise ValueError(
+            f"key is of the generator {jax.random.key_impl(key)}, whose numbers depend on the batch; expected "
+            "jax.random.key(seed, impl='threefry2x32')"
+        )
+    return key

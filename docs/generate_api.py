@@ -19,11 +19,12 @@ GROUPS = {
         *("box_and_ball", "pairwise_lipschitz", "lipschitz_margin", "worst_logits", "worst_margin"),
         *("cross_entropy", "gloro", "mixed", "trades", "sparsity"),
     ),
+    "The dual": ("dual_margins", "ascend", "Multipliers", "Rule"),
     "Layers": (
         *("Dense", "Conv", "Scale", "dense", "convolution"),
         *("Identity", "ReLU", "ClippedReLU", "MaxMin", "ClippedMaxMin", "MaxPool"),
     ),
-    "Attacks": ("pgd",),
+    "Attacks": ("pgd", "attack"),
 }
 
 

@@ -8,7 +8,7 @@ from importlib.metadata import version as _version
 
 from lipjax.activations import ClippedMaxMin, ClippedReLU, Identity, MaxMin, MaxPool, ReLU
 from lipjax.ascent import ascend
-from lipjax.attacks import pgd
+from lipjax.attacks import attack, pgd
 from lipjax.bounds import (
     Bounds,
     Estimate,
@@ -65,6 +65,7 @@ __all__ = [
     "WarmStarted",
     "__version__",
     "ascend",
+    "attack",
     "box_and_ball",
     "certified_radius",
     "certify",

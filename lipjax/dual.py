@@ -16,7 +16,8 @@ no output over the box and have no multiplier, so both sides see the same values
 
 It is the Lagrangian dual of the verification problem, the layers' equations relaxed with the multipliers g (Dvijotham
 et al., UAI 2018; Bunel et al., UAI 2020), with the ball of every layer in it. With mu = 0 and the slopes of CROWN it
-is CROWN (Zhang et al., NeurIPS 2018); for ReLU without the box and with those slopes SDP-CROWN (Chiu et al., ICML 2025).
+is CROWN (Zhang et al., NeurIPS 2018); for ReLU without the box and with those slopes SDP-CROWN (Chiu et al., ICML
+2025).
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ Classifier = Callable[[Array], Array]
 # Measured on seven networks: which rival is ascended and where it starts matter, steps beyond 30 hardly do.
 ROUNDS_PER_RESTART, STEPS_PER_ROUND = 5, 30
 CANDIDATES = 9  # rivals with the smallest margins, which are ranked by a gradient each
-FIRST_STEP, LAST_STEP = 100.0, 0.02  # of eps; the first steps leap to where the gradient points on the sphere
+FIRST_STEP, LAST_STEP = 100.0, 0.02  # of eps
 SWEEPS = 2  # of the projection onto the ball and [0, 1]; more find nothing more
 
 
@@ -136,10 +136,11 @@ def attack_round(
 ) -> tuple[Array, Array]:
     """One round of :func:`attack`, for callers that let broken examples leave between the rounds.
 
-    Each round descends one margin along its normalised gradient, with steps that shrink geometrically. In even rounds
-    it is the margin to one rival, the likeliest in round 0, the next in round 2, and so on; in odd rounds the one to
-    whichever rival is strongest at the moment. Rivals are likely where the clean margin is small beside the length of
-    its gradient. Round 0 starts at the example, the others at random points of the ball.
+    Each round descends one margin along its normalised gradient, with steps that shrink geometrically: the first leap
+    to where the gradient points on the sphere, the last are small beside eps. In even rounds it is the margin to one
+    rival, the likeliest in round 0, the next in round 2, and so on; in odd rounds the one to whichever rival is
+    strongest at the moment. Rivals are likely where the clean margin is small beside the length of its gradient.
+    Round 0 starts at the example, the others at random points of the ball.
 
     Args:
         network, x, label, eps, domain: as of :func:`attack`, and so is what is raised.
@@ -165,15 +166,22 @@ def attack_round(
         margins = _margins(network(points), label)
         return jnp.sum(jnp.min(jnp.where(rivals, margins, jnp.inf), axis=1)), jnp.min(margins, axis=1)
 
-    def descend(step: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        points, best, least = state
+    def descend(step: Array, state: tuple[Array, ...]) -> tuple[Array, ...]:
+        points, best, least, slope, level = state
         gradient, margins = jax.grad(descended, has_aux=True)(points)
+        best, least = _smaller(points, margins, best, least)
+        # Where a leap ended without a gradient: halfway back to the best point that had one.
+        moves = jax.vmap(spectral.length)(gradient) > 0
+        slope, level = _smaller(points, jnp.where(moves, margins, jnp.inf), slope, level)
+        direction = jax.vmap(jnp.where)(moves, -gradient, slope - points)
         size = FIRST_STEP * (LAST_STEP / FIRST_STEP) ** (step / jnp.maximum(num_steps, 1)) * radius
-        return _step(points, -gradient, size, x, radius, domain, SWEEPS), *_smaller(points, margins, best, least)
+        size = jnp.where(moves, size, jax.vmap(spectral.length)(direction) / 2)
+        return _step(points, direction, size, x, radius, domain, SWEEPS), best, least, slope, level
 
     round_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, number)
     start = jnp.where(number == 0, x, _random_points(round_keys, x, radius, domain, SWEEPS))
-    _, best, least = lax.fori_loop(0, num_steps + 1, descend, (start, x, jnp.full(len(x), jnp.inf, logits.dtype)))
+    none = x, jnp.full(len(x), jnp.inf, logits.dtype)
+    _, best, least, *_ = lax.fori_loop(0, num_steps + 1, descend, (start, *none, *none))
     return best, least
 
 

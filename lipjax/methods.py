@@ -176,7 +176,7 @@ class Bounded:
     def rule(self, network: Network) -> Rule | None:
         return initial_rule(network) if isinstance(self.margins, DualMargins) else None
 
-    def __call__(self, network, x, label, eps, kappa, stored, whole, key, rule):
+    def __call__(self, network, x, label, eps, kappa, stored, whole, key, rule=None):
         shared, whole = whole_norms(self.layers(network), whole, self.iterations, key)
         keys = jax.random.split(jax.random.fold_in(key, len(shared)), len(x))
         kept, constant = self.kept(network), jnp.asarray(network.lipschitz(shared), shared.dtype)
@@ -257,7 +257,7 @@ class Unbounded:
     def rule(self, network: Network) -> Rule | None:
         return None
 
-    def __call__(self, network, x, label, eps, kappa, stored, whole, key, rule):
+    def __call__(self, network, x, label, eps, kappa, stored, whole, key, rule=None):
         shared, whole = whole_norms(self.layers(network), whole, self.iterations, key)
         loss, metrics = self.losses(network, x, label, eps, jax.random.fold_in(key, len(shared)))
         constant = jnp.asarray(network.lipschitz(shared), shared.dtype)

@@ -15,7 +15,7 @@ from lipjax import Given, l2_ball, margins, methods, propagate, recipe, training
 
 EPS, KAPPA, BATCH = 0.2, 0.25, 4
 KEY = jax.random.key(3)
-BOUNDED = [name for name, parts in common.METHODS.items() if parts["margins"] != "none"]
+BOUNDED = [name for name, parts in common.METHODS.items() if parts["margins"] not in ("none", "dual")]
 CONVERGED = methods.Iterations(num_iters=300, global_iters=300, noise=0.01)
 
 
@@ -39,7 +39,7 @@ def compiled(chosen):
     def run(network, x, label, eps, kappa, key):
         whole = training.initial_vectors(chosen.layers(network), key, 50)
         stored = tuple(jnp.repeat(whole[place][None], len(x), 0) for place in chosen.kept(network))
-        return chosen(network, x, label, eps, kappa, stored, whole, key)
+        return chosen(network, x, label, eps, kappa, stored, whole, key, chosen.rule(network))
 
     return run
 

@@ -134,7 +134,8 @@ def test_certify_reads_the_run_and_writes_all_files(finished, tmp_path):
     printed, _ = process.communicate(timeout=300)
     assert process.returncode == 0, printed
     summary = json.loads((output / "summary.json").read_text())
-    columns = ["index", "label", "prediction", "worst_margin", "lipschitz", "certified", "attacked", "stage"]
+    columns = ["index", "label", "prediction", "worst_margin", "lipschitz", "certified", "attacked"]
+    columns += ["broken_by_pgd", "stage", "products", "dual_steps", "seconds"]
     with (output / "certificates.csv").open() as file:
         lines = list(csv.reader(file))
     assert lines[0] == columns
@@ -144,10 +145,11 @@ def test_certify_reads_the_run_and_writes_all_files(finished, tmp_path):
         assert json.loads(str(arrays["summary"])) == summary
         assert summary["level"] == "probabilistic"
         certified, correct = arrays["certified"], arrays["prediction"] == arrays["label"]
-        attacked, worst = arrays["attacked"], arrays["worst_margin"]
+        attacked, by_pgd, worst = arrays["attacked"], arrays["broken_by_pgd"], arrays["worst_margin"]
     assert summary["certified_accuracy"] == certified.mean()
     assert summary["clean_accuracy"] == correct.mean()
-    assert summary["pgd_accuracy"] == (correct & ~attacked).mean()
+    assert summary["pgd_accuracy"] == (correct & ~by_pgd).mean()
+    assert summary["attack_accuracy"] == (correct & ~attacked).mean() <= summary["pgd_accuracy"]
     assert (certified == (correct & (worst > 0))).all()
     assert summary["eps"] == 0.1
     assert summary["counts"]["examples"] == 30

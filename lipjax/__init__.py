@@ -6,7 +6,7 @@ example. The scripts ``train.py`` and ``certify.py`` are built from them.
 
 from importlib.metadata import version as _version
 
-from lipjax.activations import ClippedMaxMin, ClippedReLU, Identity, MaxMin, MaxPool, ReLU
+from lipjax.activations import ClippedMaxMin, ClippedReLU, Identity, MaxMin, ReLU
 from lipjax.ascent import ascend
 from lipjax.attacks import attack, pgd
 from lipjax.bounds import (
@@ -28,6 +28,7 @@ from lipjax.losses import cross_entropy, gloro, mixed, sparsity, trades
 from lipjax.margins import box_and_ball, lipschitz_margin, pairwise_lipschitz, worst_logits, worst_margin
 from lipjax.models import Residual
 from lipjax.networks import Block, Fork, Join, Network
+from lipjax.pooling import MaxPool
 from lipjax.reading import from_flax
 from lipjax.records import load_certificates
 from lipjax.regions import Region, l2_ball

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from lipjax import activations, layers
+from lipjax import activations, layers, pooling
 from lipjax.convolutions import Padding, Pair
 from lipjax.networks import Block, Fork, Join, Network, Step
 
@@ -93,7 +93,7 @@ class Assembly:
 
     def max_pool(self, window: Pair, stride: Pair, padding: Padding) -> None:
         """Maximum over windows of an image."""
-        self.activation(lambda shape: activations.MaxPool(shape, window, stride, padding), elementwise=False)
+        self.activation(lambda shape: pooling.MaxPool(shape, window, stride, padding), elementwise=False)
         sizes = zip(self.shape[:2], padding, window, stride, strict=True)
         self.shape = (*((n + sum(pad) - k) // s + 1 for n, pad, k, s in sizes), self.shape[2])
 

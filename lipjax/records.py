@@ -18,7 +18,7 @@ from lipjax.errors import InputError
 from lipjax.networks import Network
 from lipjax.reports import replace_text
 
-FIELDS = ("level", "delta", "domain", "eps", "dtype", "versions", "network_sha256", "dataset", "split", "seed")
+FIELDS = ("level", "delta", "eps", "dtype", "versions", "network_sha256", "dataset", "split", "seed")
 
 
 def fingerprint(network: Network) -> str:

@@ -198,7 +198,7 @@ def test_certificates_that_pgd_refutes_are_counted_and_named(with_radii, without
     assert honest[0]["radii_but_attacked"] == 0
     monkeypatch.setattr(evaluation, "Certifier", Credulous)
     assert certify(tmp_path, triage=False)["counts"]["certified_but_attacked"] == broken
-    assert f"WARNING: {broken} examples count as certified, but PGD broke them" in capsys.readouterr().out
+    assert f"WARNING: {broken} examples count as certified, but an attack broke them" in capsys.readouterr().out
     assert certify(tmp_path, radius=True)["radii_but_attacked"] >= broken
     assert "WARNING" in capsys.readouterr().out
 

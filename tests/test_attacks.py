@@ -124,8 +124,8 @@ def test_the_step_size_is_a_quarter_of_the_radius_unless_given():
 
 
 @functools.partial(oracles.jit, static_argnames="domain")
-def run_attack(network, x, label, eps, keys, domain="ball"):
-    points = attack(network, x, label, eps, keys, domain=domain, restarts=1)
+def run_attack(network, x, label, eps, keys, domain="ball", num_steps=30):
+    points = attack(network, x, label, eps, keys, domain=domain, num_steps=num_steps, restarts=1)
     return points, margins(network(points), label)
 
 
@@ -269,16 +269,23 @@ def test_the_attack_of_an_example_depends_on_no_other_and_radii_may_differ():
     network = oracles.random_network("dense relu", 6)
     x, keys, eps = oracles.random_inputs(network, 6, 6), keys_of(6), np.linspace(0.1, 0.6, 6)
     together, _ = run_attack(network, x, LABELS, eps, keys)
-    order = np.array([4, 0, 2, 2, 0, 4])
-    some, _ = run_attack(network, x[order], LABELS[order], eps[order], keys[order])
-    np.testing.assert_allclose(some, np.asarray(together)[order], atol=1e-5)
     alone, _ = run_attack(network, x, LABELS, np.full(6, eps[3]), keys)
     np.testing.assert_allclose(alone[3], together[3], atol=1e-5)
     assert np.abs(alone[5] - together[5]).max() > 1e-2
+    # Without steps the best of the starts is found, which is another one with another key.
+    order = np.array([4, 0, 2, 2, 0, 4])
+    for num_steps in (0, 30):
+        together, _ = run_attack(network, x, LABELS, eps, keys, num_steps=num_steps)
+        some, _ = run_attack(network, x[order], LABELS[order], eps[order], keys[order], num_steps=num_steps)
+        np.testing.assert_allclose(some, np.asarray(together)[order], atol=1e-5)
     # One key gives each place its own, whatever the size of the batch.
-    first, _ = run_attack(network, x[:2], LABELS[:2], eps[:2], jax.random.key(6))
-    by_place = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(6), jnp.arange(6))
-    np.testing.assert_allclose(first, run_attack(network, x, LABELS, eps, by_place)[0][:2], atol=1e-5)
+    one = jax.random.key(6)
+    first, _ = run_attack(network, x[:2], LABELS[:2], eps[:2], one, num_steps=0)
+    by_place = jax.vmap(jax.random.fold_in, (None, 0))(one, jnp.arange(6))
+    found, _ = run_attack(network, x, LABELS, eps, by_place, num_steps=0)
+    np.testing.assert_allclose(first, found[:2], atol=1e-6)
+    other, _ = run_attack(network, x, LABELS, eps, keys_of(7), num_steps=0)
+    assert np.abs(other - found).max() > 1e-2
 
 
 def test_pgd_takes_a_radius_per_example():

@@ -139,7 +139,7 @@ def _method(num_iters: int) -> methods.Method:
             local=True,
             box=True,
             ball=True,
-            margins=margins.pairwise_lipschitz,
+            margins=methods.forward(margins.pairwise_lipschitz),
             loss=losses.gloro,
         ),
         eps=optax.constant_schedule(EPS),

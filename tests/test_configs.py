@@ -99,7 +99,8 @@ def test_a_config_with_sparsity_can_take_a_step_with_every_method(method):
         jax.ShapeDtypeStruct((2, *vectors[place].shape), vectors[place].dtype) for place in objective.kept(mlp)
     )
     x, label = jnp.zeros((2, 8)), jnp.zeros(2, jnp.int32)
-    loss, *_ = jax.eval_shape(objective, mlp, x, label, 0.1, 0.5, kept, vectors, jax.random.key(0))
+    rule = objective.rule(mlp)
+    loss, *_ = jax.eval_shape(objective, mlp, x, label, 0.1, 0.5, kept, vectors, jax.random.key(0), rule)
     assert loss.shape == (2,)
 
 

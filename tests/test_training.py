@@ -34,7 +34,12 @@ def small_model():
 
 ITERATIONS = methods.Iterations(num_iters=2, global_iters=3, noise=0.01)
 LOCAL_GLORO = methods.Bounded(
-    ITERATIONS, local=True, box=True, ball=True, margins=margins.pairwise_lipschitz, loss=losses.gloro
+    ITERATIONS,
+    local=True,
+    box=True,
+    ball=True,
+    margins=methods.forward(margins.pairwise_lipschitz),
+    loss=losses.gloro,
 )
 
 
@@ -162,7 +167,7 @@ def test_dead_network_has_finite_gradients(norms):
     model = small_model()
     model.layers[0].bias[...] = jnp.full(4, -1e3)
     params = nnx.state(model, nnx.Param)
-    chosen = method(local=norms == "local", margins=margins.box_and_ball)
+    chosen = method(local=norms == "local", margins=methods.forward(margins.box_and_ball))
     _, state, data = data_and_state(chosen, 1)
     dead = jax.tree.map(lambda leaf: leaf[None], params)
     state = dataclasses.replace(state, params=dead)

@@ -75,8 +75,8 @@ def proven_margins(
     first[np.arange(len(label)), np.argmin(others, axis=1)] = True
     cohort = _Cohort(network, enclosure, label, options, starts, index)
     for now in (first, ~first):
-        hopeful = ~(doubtful & first & ~(margins > 0)).any(axis=1)
-        wave = doubtful & now & (hopeful[:, None] | first)
+        hopeless = np.asarray(np.any(doubtful & first & ~(margins > 0), axis=1))
+        wave = doubtful & now & (~hopeless[:, None] | first)
         examples, rivals = np.nonzero(wave)
         for start in range(0, len(examples), cohort.room):
             part = slice(start, start + cohort.room)

@@ -47,7 +47,7 @@ class ProgressFile:
         if self.path is None or not self.path.exists():
             return progress
         try:
-            with np.load(self.path, allow_pickle=False) as file:
+            with self.path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
                 arrays = {name: file[name] for name in file.files}
             said = json.loads(str(arrays.pop("said")))
             visited = arrays.pop("visited")

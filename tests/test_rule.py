@@ -1,0 +1,169 @@
+"""Training through the dual: its margins are bounds, the rule learns, and a run resumes with it bit for bit."""
+
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import lipjax
+from lipjax import certification, data, methods, recipe, runs
+from lipjax import settings as configs
+from lipjax.checkpoints import Checkpoints
+from lipjax.rule import initial_rule
+
+FOLDER = pathlib.Path(__file__).parents[1] / "configs"
+SEEDS = st.integers(0, 10**6)
+
+
+@jax.jit
+def rule_margins(network, x, label, eps, sigmas, rule):
+    """Margins of each example: (claimed, trained), by the dual against the strongest rival alone and against all."""
+
+    def one(x, label):
+        bounds = lipjax.propagate(network, lipjax.l2_ball(x, eps), lipjax.Given(sigmas))
+        lipschitz = lipjax.pairwise_lipschitz(network.head, bounds.features, label)
+        found = [methods.DualMargins(rivals, 8)(network, bounds, label, rule) for rivals in (1, 2)]
+        return lipschitz, found
+
+    return jax.vmap(one)(x, label)
+
+
+def case(kind, seed):
+    network = oracles.random_network(kind, seed)
+    x = jnp.asarray(oracles.random_inputs(network, seed, 3))
+    sigmas = [oracles.spectral_norm(oracles.layer_matrix(block.affine)[0]) * (1 + 1e-6) for block in network.blocks]
+    rng = np.random.default_rng(seed)
+    rule = jax.tree.map(
+        lambda leaf: leaf + jnp.asarray(rng.normal(size=leaf.shape), jnp.float32), initial_rule(network)
+    )
+    return network, x, jnp.argmax(network(x), axis=1), jnp.asarray(sigmas, jnp.float32), rule
+
+
+@pytest.mark.parametrize("kind", ["dense clipped", "dense pairs"])
+@settings(max_examples=15)
+@given(SEEDS, st.floats(0.01, 0.5))
+def test_margins_of_any_rule_are_bounds_and_never_below_lipschitz(kind, seed, eps):
+    network, x, label, sigmas, rule = case(kind, seed)
+    lipschitz, found = rule_margins(network, x, label, eps, sigmas, rule)
+    exact, rng = oracles.DenseNetwork(network), np.random.default_rng(seed)
+    for i in range(3):
+        points = oracles.ball_points(rng, np.asarray(x[i], np.float64).ravel(), eps, 300)
+        logits = exact.logits(points)
+        least = (logits[:, [int(label[i])]] - logits).min(axis=0)
+        for claimed, trained in found:
+            assert np.all(np.asarray(claimed[i]) <= least + 1e-4)
+            assert np.all(np.asarray(claimed[i]) >= np.asarray(lipschitz[i]) - 1e-6)
+            asked = np.isfinite(trained[i])
+            np.testing.assert_array_equal(np.asarray(trained[i])[asked], np.asarray(claimed[i])[asked])
+        # Of three classes one rival is asked, or both; the one with the least Lipschitz margin always.
+        assert [int(np.isfinite(trained[i]).sum()) for _, trained in found] == [2, 3]
+        strongest = np.argmin(np.where(np.arange(3) == int(label[i]), np.inf, np.asarray(lipschitz[i])))
+        assert np.isfinite(found[0][1][i, strongest])
+
+
+def shrunk(method, *more):
+    return configs.parse(
+        [
+            f"--config={FOLDER / 'digits.py'}:{method}",
+            "--config.model.architecture=mlp",
+            "--config.schedule.epochs=2",
+            "--config.data.validation=1037",
+            "--config.probe.size=0",
+            "--config.checkpoint.every=1",
+            *more,
+        ]
+    )
+
+
+def log(workdir):
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if "second" not in key} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("dual") / "run"
+    runs.train(shrunk("local_dual"), workdir, resume=False)
+    return workdir
+
+
+def test_the_rule_is_trained_and_lies_in_both_checkpoints(finished):
+    config, dataset = shrunk("local_dual"), data.load("digits", "test")
+    found = {}
+    for which in ("best", "last"):
+        model, rule, _ = recipe.restore_model(finished, config, dataset, which)
+        start = initial_rule(lipjax.from_flax(model, dataset.images.shape[1:]))
+        assert jax.tree.structure(rule) == jax.tree.structure(start)
+        moved = jax.tree.map(lambda now, then: float(np.abs(now - then).max()), rule, start)
+        assert all(value > 1e-4 for value in jax.tree.leaves(moved))
+        found[which] = rule
+    assert len(jax.tree.leaves(found["last"])) == 4
+
+
+def test_a_run_through_the_dual_resumes_bit_for_bit(finished, tmp_path):
+    workdir = tmp_path / "resumed"
+
+    class Killed(BaseException):
+        pass
+
+    def dying(row):
+        raise Killed
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runs.reports, "print_row", dying)  # after the first epoch's checkpoint
+        with pytest.raises(Killed):
+            runs.train(shrunk("local_dual"), workdir, resume=False)
+    runs.train(shrunk("local_dual"), workdir, resume=True)
+    assert log(workdir) == log(finished)
+    for item in ("params", "rule"):
+        both = [
+            Checkpoints(folder / "checkpoints" / "last").restore((item,))[0][item] for folder in (workdir, finished)
+        ]
+        assert both[0].keys() == both[1].keys()
+        assert all(np.array_equal(both[0][name], both[1][name]) for name in both[0])
+
+
+def test_certification_starts_from_the_rule(finished, tmp_path, monkeypatch):
+    given = []
+    evaluate = certification.evaluate
+
+    def watched(*arguments, rule, **options):
+        given.append(rule)
+        return evaluate(*arguments, rule=rule, **options)
+
+    monkeypatch.setattr(certification, "evaluate", watched)
+    options = {"limit": 6, "batch_size": 6, "eps": 0.05, "stages": ("global", "dual"), "dual_steps": 3}
+    certification.certify(finished, output=tmp_path, **options)
+    assert isinstance(given[0], lipjax.Rule)
+
+
+def test_configs_of_runs_before_the_dual_still_load(tmp_path):
+    config = shrunk("local_gloro")
+    configs.save(config, tmp_path)
+    values = json.loads((tmp_path / "config.json").read_text())
+    del values["dual"]
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    assert configs.load(tmp_path).to_dict() == config.to_dict()
+
+
+def test_every_method_of_the_dual_is_what_its_name_says():
+    for method in ("local_dual", "local_dual_b", "dual", "dual_b"):
+        config = shrunk(method)
+        assert config.method.margins == "dual"
+        assert configs.has_box(config.method)
+        assert config.method.loss == ("cross_entropy" if method.endswith("_b") else "gloro")
+        assert config.method.norms == ("local" if method.startswith("local") else "global")
+
+
+@pytest.mark.parametrize("key", ["num_rivals", "num_steps"])
+def test_keys_of_the_dual_are_checked(key):
+    with pytest.raises(
+        configs.InputError, match=f"--config.dual.{key}=0 cannot be used; give a finite number at least 1"
+    ):
+        shrunk("dual", f"--config.dual.{key}=0")

@@ -151,7 +151,8 @@ class _Cohort:
                 for array, value in zip(slopes, before[0], strict=True):
                     array[k] = value
                 log_weights[k] = before[1]
-        return jax.tree.map(jnp.asarray, (slopes, log_weights))
+        # A copy: what is donated to the next step must not be memory of NumPy.
+        return jax.tree.map(functools.partial(jnp.array, copy=True), (slopes, log_weights))
 
     def _keep(self, examples: np.ndarray, rivals: np.ndarray, state: Climb) -> None:
         slopes, log_weights = jax.tree.map(np.asarray, (state.slopes, state.log_weights))

@@ -1,4 +1,4 @@
-"""Time a training step as multiples of a plain forward pass of the same batch, and products inside a loop.
+"""Time training steps as multiples of a plain forward pass of the same batch, products inside a loop, and the dual.
 
 Usage:
   python -m benchmarks [--rounds 5]
@@ -18,7 +18,7 @@ import optax
 from flax import nnx
 from jax import lax
 
-from lipjax import bounds, layers, losses, margins, methods, models, reading, spectral, training
+from lipjax import ascent, bounds, layers, losses, margins, methods, models, reading, spectral, training
 from lipjax.regions import l2_ball
 
 EPS, EXAMPLES = 1.58, 512
@@ -34,6 +34,11 @@ def main() -> None:
     step_parts("4c3f", (28, 28, 1), 256, 5, rounds, target=25)
     step_parts("6c2f", (32, 32, 3), 64, 2, rounds, target=18)
     loop_against_no_loop(rounds)
+    print()
+    dual_step("mlp", (28, 28, 1), 256, 5, rounds, target=1.5)
+    dual_step("4c3f", (28, 28, 1), 256, 5, rounds, target=2.0)
+    ascent_step("mlp", (28, 28, 1), 64, rounds, target=4.0)
+    ascent_step("4c3f", (28, 28, 1), 32, rounds, target=8.0)
 
 
 def step_parts(architecture: str, shape: tuple, batch_size: int, num_iters: int, rounds: int, target: float) -> None:
@@ -43,7 +48,8 @@ def step_parts(architecture: str, shape: tuple, batch_size: int, num_iters: int,
     """
     model = models.classifier(architecture, "clipped_relu", shape, 10, rngs=nnx.Rngs(0))
     graphdef, params = nnx.split(model, nnx.Param)
-    network, method = reading.from_flax(model, shape), _method(num_iters)
+    network = reading.from_flax(model, shape)
+    method = _method(num_iters, methods.forward(margins.pairwise_lipschitz))
     vectors = jax.jit(training.initial_vectors)(method.objective.layers(network), jax.random.key(0))
     state, data, batch = _state(method, params, vectors, shape, batch_size)
     step = training.mapped(training.train_step, method, graphdef)
@@ -71,13 +77,8 @@ def step_parts(architecture: str, shape: tuple, batch_size: int, num_iters: int,
         return state, {"loss": metrics["loss"]}  # what only the other metrics need is not computed
 
     def stepping(step):
-        held = [jax.tree.map(jnp.array, state)]
-
-        def one_step(_):
-            held[0], metrics = step(held[0], data, batch)
-            return metrics
-
-        return one_step
+        one_step = _stepping(step, jax.tree.map(jnp.array, state), data, batch)
+        return lambda _: one_step()
 
     parts["training step"] = stepping(step)
     parts["unrecorded step"] = stepping(training.mapped(unrecorded, method, graphdef))
@@ -100,6 +101,46 @@ def step_parts(architecture: str, shape: tuple, batch_size: int, num_iters: int,
     fastest = _timed(pair, 3 * rounds, min)  # the difference is smaller than what other work on the machine takes
     recording = fastest["training step"] / fastest["unrecorded step"] - 1
     print(f"  recording what figures need: {100 * recording:+.1f} % of a step that records its loss (at most 5 %)\n")
+
+
+def dual_step(architecture: str, shape: tuple, batch_size: int, num_iters: int, rounds: int, target: float) -> None:
+    """A training step through the dual against one rival, in steps through the Lipschitz margin."""
+    model = models.classifier(architecture, "clipped_relu", shape, 10, rngs=nnx.Rngs(0))
+    graphdef, params = nnx.split(model, nnx.Param)
+    network = reading.from_flax(model, shape)
+    margins_of = {"local_gloro": methods.forward(margins.pairwise_lipschitz), "local_dual": methods.DualMargins(1, 6)}
+    functions = {}
+    for name, margin in margins_of.items():
+        method = _method(num_iters, margin)
+        layers = method.objective.layers(network)
+        vectors = jax.jit(training.initial_vectors)(layers, jax.random.key(0))
+        rule = method.objective.rule(network)
+        state, data, batch = _state(method, params, vectors, shape, batch_size, rule)
+        functions[name] = _stepping(training.mapped(training.train_step, method, graphdef), state, data, batch)
+    times = _timed(functions, rounds)
+    ratio = times["local_dual"] / times["local_gloro"]
+    print(f"{architecture}: a step of local_dual with one rival takes {ratio:.2f} of local_gloro (target {target:g})")
+
+
+def ascent_step(architecture: str, shape: tuple, pairs: int, rounds: int, target: float) -> None:
+    """A step of the dual's ascent for each pair of example and rival, in forward passes of one example."""
+    model = models.classifier(architecture, "clipped_relu", shape, 10, rngs=nnx.Rngs(0))
+    network = reading.from_flax(model, shape)
+    x = jax.random.uniform(jax.random.key(0), (pairs, *shape))
+    label, rivals = jnp.zeros(pairs, jnp.int32), jnp.ones((pairs, 1), jnp.int32)
+    sigmas, _ = jax.jit(lambda network: bounds.global_norms(network, bounds.RandomStarted(jax.random.key(0), 20)))(
+        network
+    )
+    found = jax.jit(jax.vmap(lambda x: bounds.propagate(network, l2_ball(x, EPS), bounds.Given(sigmas))))(x)
+    climbs = {
+        steps: jax.jit(lambda found, steps=steps: ascent.ascend(network, found, label, rivals=rivals, num_steps=steps))
+        for steps in (5, 25)
+    }
+    forward = jax.jit(lambda x: network(x))
+    parts = {steps: (lambda climb=climb: climb(found)) for steps, climb in climbs.items()}
+    times = _timed({"forward": lambda: forward(x), **parts}, rounds)
+    step = (times[25] - times[5]) / 20 / times["forward"]
+    print(f"{architecture}: a step of ascent takes {step:.1f} forward passes for each pair (target {target:g})")
 
 
 def loop_against_no_loop(rounds: int) -> None:
@@ -131,7 +172,18 @@ def loop_against_no_loop(rounds: int) -> None:
         print(f"convolution {name}: inside a loop {times[True] / times[False]:.2f} of outside (target: at most 1.5)")
 
 
-def _method(num_iters: int) -> methods.Method:
+def _stepping(step: Callable, state: training.TrainState, data: training.Images, batch: training.Batch) -> Callable:
+    """A function that makes one step after the other; the state is donated."""
+    held = [state]
+
+    def one_step():
+        held[0], metrics = step(held[0], data, batch)
+        return metrics
+
+    return one_step
+
+
+def _method(num_iters: int, margin: methods.Margins) -> methods.Method:
     rate = optax.constant_schedule(1e-3)
     return methods.Method(
         objective=methods.Bounded(
@@ -139,7 +191,7 @@ def _method(num_iters: int) -> methods.Method:
             local=True,
             box=True,
             ball=True,
-            margins=methods.forward(margins.pairwise_lipschitz),
+            margins=margin,
             loss=losses.gloro,
         ),
         eps=optax.constant_schedule(EPS),
@@ -149,11 +201,13 @@ def _method(num_iters: int) -> methods.Method:
     )
 
 
-def _state(method, params, vectors, shape, batch_size):
+def _state(method, params, vectors, shape, batch_size, rule=None):
     """A state, data and a batch for one device, placed as in a run."""
     tables = tuple(jnp.broadcast_to(v[None], (EXAMPLES, *v.shape)) for v in vectors)
     key = jax.random.key_data(jax.random.key(1))
-    state = training.TrainState(jnp.int32(0), params, method.optimizer.init(params), key, vectors, tables, ())
+    of_rule = None if rule is None else method.optimizer.init(rule)
+    of_params = method.optimizer.init(params)
+    state = training.TrainState(jnp.int32(0), params, of_params, key, vectors, tables, (), rule, of_rule)
     devices = jax.local_device_count()
     state = training.placed(jax.tree.map(lambda a: jnp.broadcast_to(a[None], (devices, *a.shape)), state))
     rng = np.random.default_rng(0)

@@ -9,8 +9,16 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
 import hypothesis
 import jax
+import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 hypothesis.settings.register_profile("lipjax", deadline=None, derandomize=True, database=None, print_blob=False)
 hypothesis.settings.load_profile("lipjax")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _drop_compiled_programs():
+    """After each file: a process has room for some 65,000 memory maps, and every program takes several of them."""
+    yield
+    jax.clear_caches()

@@ -65,7 +65,7 @@ class Trace:
         c: coefficients of the outputs.
         g: coefficients of the pre-activations, zero outside of the rows that matter.
         weight: mu of each ball.
-        sums: coefficients of the sums over skip connections, from the last one to the first.
+        sums: coefficients of the sums over skip connections, where they are summed up, in forward order.
         input: coefficients of the input.
     """
 
@@ -134,6 +134,7 @@ def pull(network: Network, bounds: Bounds, label: Array, rival: Array, choose: C
     """
     kernel, bias = network.head.kernel, network.head.bias
     c, g, weight, sums = ({} for _ in range(4))
+    ends = list(network.joins)  # the last fork is the first to come
 
     def block(place: int, step: Block, coefficients: Array) -> Array:
         region = boxed(bounds.preactivations[place])
@@ -143,14 +144,15 @@ def pull(network: Network, bounds: Bounds, label: Array, rival: Array, choose: C
         return step.affine.adjoint()(g[place])
 
     def join(kept: Array, coefficients: Array) -> Array:
-        sums[len(sums)] = kept + coefficients.reshape(kept.shape)
-        return sums[len(sums) - 1]
+        sums[ends.pop()] = kept
+        return kept + coefficients.reshape(kept.shape)
 
     features = (kernel[:, label] - kernel[:, rival]).reshape(bounds.features.center.shape)
     last = network.walk(features, block, join, backward=True).reshape(bounds.input.center.shape)
     places = range(len(network.blocks))
     in_order = (tuple(found[place] for place in places) for found in (c, g, weight))
-    return Trace(bias[label] - bias[rival], *in_order, tuple(sums.values()), last)
+    of_sums = tuple(sums[place] for place in range(len(sums)))
+    return Trace(bias[label] - bias[rival], *in_order, of_sums, last)
 
 
 def value(network: Network, bounds: Bounds, trace: Trace) -> Array:
@@ -203,15 +205,14 @@ def errors(
     Returns:
         - ``logits``: those;
         - ``layers``: with a pre-activation off by e, ``<g, z>`` is off by ``<g, e>``;
-        - ``sums``: likewise ``<c, e>``;
+        - ``sums``: likewise ``<c, e>``, with the coefficients of the sum, not those of what it began with;
         - ``products``: 2 gamma_N T, for the sums of this evaluation, with T the sum of the magnitudes of the N products
           that are added. Minima are smaller than the products inside of them, which cancel;
         - ``minimisers``: a value at a point near the minimiser is above the minimum. A minimiser is off by at most a
-        few
-          roundings of the largest magnitude A in its box, and the value grows by mu / 2 times the square of it.
+          few roundings of the largest magnitude A in its box, and the value grows by mu / 2 times the square of it.
     """
     of_layers = sum(jnp.sum(jnp.abs(g) * slack) for g, slack in zip(trace.g, layers, strict=True))
-    pairs = zip(trace.sums, reversed(sums), strict=True)
+    pairs = zip(trace.sums, sums, strict=True)
     of_sums = sum(jnp.sum(jnp.abs(c) * slack.reshape(c.shape)) for c, slack in pairs)
     total, minimisers, addends = jnp.abs(trace.constant), jnp.zeros_like(trace.constant), 64 + 4 * trace.input.size
     for block, before, c, g, weight in zip(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib.metadata
 import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -19,6 +20,7 @@ from lipjax.networks import Network
 from lipjax.pairs import Ascent
 from lipjax.progress import ProgressFile, digest
 from lipjax.radius import Radius
+from lipjax.records import fingerprint
 from lipjax.regions import check_domain
 from lipjax.rule import Rule
 from lipjax.stages import (
@@ -149,7 +151,8 @@ def evaluate(
     evidence = no_evidence(certifier, dataset.labels, dataset.images.shape[1:])
     facts = {"eps": eps, "seed": seed, "level": level, "delta": delta, "rtol": rtol, "stages": names, "domain": domain}
     facts |= {"dual_steps": dual_steps, "triage": triage, "radius": radius}
-    facts |= {"network": digest(network), "rule": digest(rule), "data": digest((dataset.images, dataset.labels))}
+    facts |= {"network": fingerprint(network), "rule": digest(rule), "scale": dataset.scale}
+    facts |= {"data": digest((dataset.images, dataset.labels)), "version": importlib.metadata.version("lipjax")}
     file = ProgressFile(progress, facts, SAVE_SECONDS)
     reached = file.restore(evidence, certifier)
     cohorts = functools.partial(_cohorts, dataset, batch_size)

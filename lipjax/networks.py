@@ -69,6 +69,18 @@ class Network:
         """Number of logits."""
         return self.head.out_shape[0]
 
+    @property
+    def joins(self) -> tuple[int, ...]:
+        """For each :class:`Fork`, in order, the place among all :class:`Join` of the one that ends its sum."""
+        opened, ends, joins = [], {}, 0
+        for step in self.steps:
+            if isinstance(step, Fork):
+                opened.append(len(opened) + len(ends))
+            elif isinstance(step, Join):
+                ends[opened.pop()] = joins
+                joins += 1
+        return tuple(ends[fork] for fork in range(len(ends)))
+
     def __call__(self, x: Array) -> Array:
         """Logits (B, classes) of a batch x (B, ...)."""
         return jax.vmap(self.logits)(x)

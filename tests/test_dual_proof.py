@@ -114,6 +114,67 @@ def test_what_float32_rounds_in_a_sum_over_a_skip_connection_is_needed():
     assert needed(above, errors, "sums")
 
 
+def linear(inputs, outputs, seed):
+    kernel = np.random.default_rng(seed).normal(size=(inputs, outputs)) / np.sqrt(inputs)
+    return Block(dense(jnp.asarray(kernel, jnp.float32), jnp.zeros(outputs), (inputs,)), Identity())
+
+
+NESTS = {
+    "in a row": ((3, 3), Fork(), (3, 4), (4, 3), Join(), Fork(), (3, 3), Join()),
+    "nested": ((3, 4), Fork(), (4, 8), Fork(), (8, 8), Join(), (8, 4), Join()),
+    "nested, then one": ((3, 3), Fork(), Fork(), (3, 3), Join(), (3, 3), Join(), Fork(), (3, 3), Join()),
+    "right inside": ((3, 3), Fork(), Fork(), (3, 5), Fork(), (5, 5), Join(), (5, 3), Join(), Join()),
+}
+
+
+@pytest.mark.parametrize("name", NESTS)
+def test_the_coefficients_of_a_sum_are_those_of_what_float32_rounds_there(name):
+    steps = [linear(*step, seed) if isinstance(step, tuple) else step for seed, step in enumerate(NESTS[name])]
+    last = [step for step in steps if isinstance(step, Block)][-1].affine.out_shape[0]
+    head = np.random.default_rng(9).normal(size=(last, 2))
+    network = Network(tuple(steps), dense(jnp.asarray(head, jnp.float32), jnp.zeros(2), (last,)))
+    with jax.enable_x64(True):
+        enclosure = enclosed(network, np.ones(3, np.float32), 0.1)
+        trace, wider = passing_on(network, enclosure, 0, 1), wide(network)
+        zeros = [jnp.zeros(slack.shape) for slack in enclosure.sums]
+
+        def margin(rounded):
+            left = iter(rounded)
+            features = wider.walk(
+                jnp.ones(3),
+                lambda place, block, a: block.affine(a),
+                lambda kept, a: kept + a + next(left),
+            )
+            logits = wider.head(features)
+            return logits[0] - logits[1]
+
+        found = jax.grad(margin)(zeros)
+        assert len(found) == len(trace.sums)
+        for c, gradient in zip(trace.sums, found, strict=True):
+            np.testing.assert_allclose(c, gradient, atol=1e-12)
+        errors = dual.errors(wider, enclosure.bounds, trace, enclosure.layers, enclosure.sums, jnp.zeros(()))
+        by_hand = sum(np.sum(np.abs(g) * s) for g, s in zip(found, enclosure.sums, strict=True))
+        assert float(errors.sums) == pytest.approx(float(by_hand))
+        assert float(errors.sums) > 0
+
+
+def test_sums_whose_coefficients_cancel_at_their_beginning_are_not_certified():
+    # 40 nested x + (2 - x + ...) around 2^24: the coefficient of x is 0, that of each sum is 1. Float32 loses all of it.
+    def affine(slope, shift):
+        return Block(dense(jnp.full((1, 1), slope, jnp.float32), jnp.full(1, shift, jnp.float32), (1,)), Identity())
+
+    depth = 40
+    steps = [step for _ in range(depth) for step in (Fork(), affine(-1, 2))]
+    steps += [affine(0, 2**24), *(Join() for _ in range(depth))]
+    bias = jnp.asarray([-(2.0**24) - depth / 2, 0.0])
+    network = Network(tuple(steps), dense(jnp.asarray([[1.0, 0.0]]), bias, (1,)))
+    x = jnp.ones((1, 1))
+    label = jnp.zeros(1, jnp.int32)
+    for eps in (0.0, 1e-9):
+        found = lipjax.certify(network, x, label, eps, level="deterministic", stages=("global", "dual"))
+        assert float(found.worst_margin[0]) <= float(network(x)[0, 0] - network(x)[0, 1])
+
+
 # The evaluation: float32 evaluates, float64 is the truth, and the unit roundoff is that of float32
 
 

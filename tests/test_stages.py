@@ -226,6 +226,18 @@ def test_progress_of_another_certification_or_none_is_refused(monkeypatch, tmp_p
     other = dataclasses.replace(dataset, labels=np.roll(dataset.labels, 1))
     with pytest.raises(ValueError, match="is of a certification with data="):
         evaluate(network, other, EPS, **OPTIONS, progress=file)
+    other = dataclasses.replace(dataset, scale=2)
+    with pytest.raises(ValueError, match="is of a certification with scale=1, not 2"):
+        evaluate(network, other, EPS, **OPTIONS, progress=file)
+    # The same parameters in another order of steps are another network.
+    other = dataclasses.replace(network, steps=(lipjax.Fork(), lipjax.Join(), *network.steps))
+    with pytest.raises(ValueError, match="is of a certification with network="):
+        evaluate(other, dataset, EPS, **OPTIONS, progress=file)
+    with np.load(file) as whole:
+        arrays = {name: whole[name] for name in whole.files}
+    np.savez(file, **{name: array for name, array in arrays.items() if name != "rows"})
+    with pytest.raises(ValueError, match="lacks rows; delete it and certify from the beginning"):
+        evaluate(*subject(), EPS, **OPTIONS, progress=file)
     file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(ValueError, match=r"cannot be read: .*; delete it and certify from the beginning"):
         evaluate(*subject(), EPS, **OPTIONS, progress=file)

@@ -184,16 +184,11 @@ def _stepping(step: Callable, state: training.TrainState, data: training.Images,
 
 
 def _method(num_iters: int, margin: methods.Margins) -> methods.Method:
-    rate = optax.constant_schedule(1e-3)
+    rate, norms = optax.constant_schedule(1e-3), methods.Iterations(num_iters)
+    objective = methods.Bounded(norms, local=True, box=True, ball=True, margins=margin, loss=losses.gloro)
     return methods.Method(
-        objective=methods.Bounded(
-            methods.Iterations(num_iters),
-            local=True,
-            box=True,
-            ball=True,
-            margins=margin,
-            loss=losses.gloro,
-        ),
+        objective=objective,
+        validation=objective,
         eps=optax.constant_schedule(EPS),
         kappa=optax.constant_schedule(0.5),
         learning_rate=rate,

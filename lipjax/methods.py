@@ -98,44 +98,44 @@ class Margins(Protocol):
 
     def __call__(
         self, network: Network, bounds: bounds.Bounds, label: Array, rule: Rule | None, *head_norm: Array
-    ) -> tuple[Array, Array]:
-        """Margins (classes,): lower bounds as good as the norms are, and those that the loss is made of."""
+    ) -> Array:
+        """Margins (classes,): lower bounds as good as the norms are, infinite for classes that are not asked."""
         ...
 
 
 def forward(margins: Callable[..., Array]) -> Margins:
     """Margins of the features' region: a function of the last layer, the region, the label and what is left."""
 
-    def of_features(network: Network, bounds: bounds.Bounds, label: Array, rule: Rule | None, *rest: Array):
-        found = margins(network.head, bounds.features, label, *rest)
-        return found, found
+    def of_features(network: Network, bounds: bounds.Bounds, label: Array, rule: Rule | None, *rest: Array) -> Array:
+        return margins(network.head, bounds.features, label, *rest)
 
     return of_features
 
 
 @dataclasses.dataclass(frozen=True)
 class DualMargins:
-    """The larger of the dual and of the Lipschitz margin, against the strongest rivals; the others do not count.
+    """The larger of the dual and of the Lipschitz margin, against the strongest rivals; the others are left out.
 
-    Would the others keep their Lipschitz margin in the loss, it would be the worst, and train Lipschitz again.
+    Would the others keep their Lipschitz margin in the loss, it would be the worst, and train Lipschitz again. So what
+    counts as certified in a training step is so against the rivals that were asked; validation asks all of them.
 
     Attributes:
-        num_rivals: how many are asked, those with the least Lipschitz margins.
+        num_rivals: how many are asked, those with the least Lipschitz margins; None: all.
         num_steps: of the search for each weight.
     """
 
-    num_rivals: int
+    num_rivals: int | None
     num_steps: int
 
     def __call__(self, network, bounds, label, rule, *rest):
         lipschitz = margins.pairwise_lipschitz(network.head, bounds.features, label)
         own = jnp.arange(len(lipschitz)) == label
-        count = min(self.num_rivals, len(lipschitz) - 1)
+        others = len(lipschitz) - 1
+        count = others if self.num_rivals is None else min(self.num_rivals, others)
         _, rivals = jax.lax.top_k(-jnp.where(own, jnp.inf, lipschitz), count)
         found = rule.margins(network, bounds, label, rivals, self.num_steps)
-        bound = lipschitz.at[rivals].max(found)
         asked = jnp.zeros_like(own).at[rivals].set(True) | own
-        return bound, jnp.where(asked, bound, jnp.inf)
+        return jnp.where(asked, lipschitz.at[rivals].max(found), jnp.inf)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,9 +191,9 @@ class Bounded:
                 sigma, results[len(results)] = norm(len(results), bounds.linear_map(network.head).masked(rows, live))
                 last = (sigma,)
             logits = network.head(found.features.center)
-            worst, trained = self.margins(network, found, label, rule, *last)
+            worst = self.margins(network, found, label, rule, *last)
             clean = losses.cross_entropy(logits, label)
-            worst_case = self.loss(logits, margins.worst_logits(logits, trained, label), label)
+            worst_case = self.loss(logits, margins.worst_logits(logits, worst, label), label)
             loss, correct = losses.mixed(clean, worst_case, kappa), jnp.argmax(logits) == label
             if self.sparsity:
                 pairs = zip(network.blocks, found.preactivations, strict=True)
@@ -320,6 +320,7 @@ class Method:
 
     Attributes:
         objective: what a step minimises.
+        validation: what the validation split is judged by; it keeps the same vectors.
         eps: schedule of the radius.
         kappa: schedule of the weight of the clean loss.
         learning_rate: schedule of the optimiser, for the log.
@@ -328,6 +329,7 @@ class Method:
     """
 
     objective: Objective
+    validation: Objective
     eps: optax.Schedule
     kappa: optax.Schedule
     learning_rate: optax.Schedule

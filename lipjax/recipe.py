@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
 from typing import Any
 
@@ -53,6 +54,7 @@ def method_of(config: Config, num_steps: int) -> Method:
     start, kappa, kappa_end = (0.0, schedule.kappa, schedule.kappa_end) if bounded else (config.eps_train, 0.0, 0.0)
     return Method(
         objective=objective_of(config),
+        validation=validation_of(config),
         eps=schedules.ramp(num_steps, schedule.warmup, schedule.ramp, start, config.eps_train),
         kappa=schedules.ramp(num_steps, schedule.warmup, schedule.ramp, kappa, kappa_end),
         learning_rate=learning_rate,
@@ -84,6 +86,15 @@ def objective_of(config: Config) -> methods.Objective:
         sparsity=config.sparsity.weight,
         sparsity_theta=config.sparsity.weight_theta,
     )
+
+
+def validation_of(config: Config) -> methods.Objective:
+    """What the validation split of a config is judged by: the same, against all rivals."""
+    objective = objective_of(config)
+    if isinstance(objective, methods.Bounded) and isinstance(objective.margins, methods.DualMargins):
+        thorough = dataclasses.replace(objective.margins, num_rivals=None)
+        return dataclasses.replace(objective, margins=thorough)
+    return objective
 
 
 def margins_of(config: Config) -> methods.Margins:

@@ -140,7 +140,7 @@ def validation_step(
     network = from_flax(nnx.merge(graphdef, state.params), x.shape[1:])
     stored = tuple(_gather(vectors, batch.index) for vectors in state.validation_vectors)
     key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
-    loss, metrics, vectors, _ = method.objective(
+    loss, metrics, vectors, _ = method.validation(
         network, x, label, eps, 0.0, stored, state.global_vectors, key, state.rule
     )
     share = batch.weight / lax.psum(jnp.sum(batch.weight), AXIS)

@@ -159,7 +159,7 @@ def test_the_coefficients_of_a_sum_are_those_of_what_float32_rounds_there(name):
 
 
 def test_sums_whose_coefficients_cancel_at_their_beginning_are_not_certified():
-    # 40 nested x + (2 - x + ...) around 2^24: the coefficient of x is 0, that of each sum is 1. Float32 loses all of it.
+    # 40 nested x + (2 - x + ...) around 2^24: the coefficient of x is 0, that of each sum 1. Float32 loses all of it.
     def affine(slope, shift):
         return Block(dense(jnp.full((1, 1), slope, jnp.float32), jnp.full(1, shift, jnp.float32), (1,)), Identity())
 

@@ -48,6 +48,7 @@ def method(**changes):
     constant = optax.constant_schedule
     return methods.Method(
         objective=dataclasses.replace(LOCAL_GLORO, **changes),
+        validation=dataclasses.replace(LOCAL_GLORO, **changes),
         eps=constant(0.3),
         kappa=constant(0.25),
         learning_rate=constant(1.0),

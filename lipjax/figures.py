@@ -12,8 +12,9 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from lipjax.data import Dataset
-from lipjax.evaluation import Evaluation
+from lipjax.evaluation import DECIDED, Evaluation
 from lipjax.reports import DOMAINS, Row, read_rows, replace_text
+from lipjax.stages import BOUNDING
 
 # Means of the paper: power iterations to convergence of 6C2F, [H21] appendix.
 PAPER_DENSE, PAPER_CONVOLUTIONS = 137, (355, 928)
@@ -61,7 +62,10 @@ def write_report(folder: pathlib.Path, found: Evaluation, dataset: Dataset, summ
     """
     for stale in (*folder.glob("report_*.png"), folder / "curves.csv"):
         stale.unlink(missing_ok=True)
-    images = [("The most and the least robust images", _plot_images(folder, found, dataset))]
+    images = [
+        ("What each stage decides", _plot_stages(folder, found)),
+        ("The most and the least robust images", _plot_images(folder, found, dataset)),
+    ]
     if "certified_accuracy_at" in summary:
         _write_curves(folder, summary)
         images.insert(0, ("Accuracy against eps", _plot_curves(folder, summary)))
@@ -117,6 +121,19 @@ def _plot_curves(folder: pathlib.Path, summary: dict[str, Any]) -> str:
         panel.plot(eps, accuracy, label=label, marker="." if name == "pgd" else None)
     panel.legend()
     return _save(figure, folder, "report_accuracy.png")
+
+
+def _plot_stages(folder: pathlib.Path, found: Evaluation) -> str:
+    """One bar per stage: the share of the images that it decides, and the certified ones of all those so far."""
+    figure, panel = _panel("stage", "share of images")
+    stages, certified = found.columns["stage"], found.columns["certified"]
+    shares = {name: np.mean(stages == name) for name in DECIDED}
+    panel.bar(list(shares), list(shares.values()), color=["C0" if name in BOUNDING else "0.7" for name in shares])
+    total = np.cumsum([np.mean(certified & (stages == name)) for name in shares])
+    panel.plot(list(shares), total, drawstyle="steps-mid", color="C1", label="certified so far")
+    panel.set_ylim(0, 1)
+    panel.legend()
+    return _save(figure, folder, "report_stages.png")
 
 
 def _plot_ratio(folder: pathlib.Path, found: Evaluation, summary: dict[str, Any]) -> str:

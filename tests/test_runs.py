@@ -180,8 +180,9 @@ def test_restored_model_is_an_ordinary_flax_model(finished):
     assert facts["epoch"] == 3
 
 
-def test_steps_compile_once_in_a_whole_run(tmp_path):
-    run = runs.Run(shrunk(), tmp_path)
+@pytest.mark.parametrize("method", ["local_gloro", "local_dual"])
+def test_steps_compile_once_in_a_whole_run(method, tmp_path):
+    run = runs.Run(shrunk(method), tmp_path)
     state = run.spread(run.initial_state())
     compiled = []
     listener = lambda event, _, **facts: compiled.append(facts.get("fun_name")) if "backend_compile" in event else None  # noqa: E731

@@ -108,7 +108,7 @@ def dual_step(architecture: str, shape: tuple, batch_size: int, num_iters: int, 
     model = models.classifier(architecture, "clipped_relu", shape, 10, rngs=nnx.Rngs(0))
     graphdef, params = nnx.split(model, nnx.Param)
     network = reading.from_flax(model, shape)
-    margins_of = {"local_gloro": methods.forward(margins.pairwise_lipschitz), "local_dual": methods.DualMargins(1, 6)}
+    margins_of = {"local_gloro": methods.forward(margins.pairwise_lipschitz), "local_dual": methods.DualMargins(1)}
     functions = {}
     for name, margin in margins_of.items():
         method = _method(num_iters, margin)

@@ -57,7 +57,6 @@ def base(method: str | None, default: str = "local_gloro") -> ConfigDict:
     config.power_iteration.global_layers = ()  # places of weight layers that use their global norm
     config.sparsity = ConfigDict({"weight": 0.0, "weight_theta": 1.0})  # of the sparsity loss, and of clips in it
     config.dual = ConfigDict({"num_rivals": 2})  # rivals whose margins the dual methods bound, the strongest ones
-    config.dual.num_steps = 6  # of the search for the weight of each ball
     config.probe = ConfigDict({"size": 16, "max_iters": 2000})  # examples whose converged norms every epoch logs
     config.checkpoint = ConfigDict({"every": 1})  # epochs
     config.certify = ConfigDict({"limit": 1000, "batch_size": 250})  # test images certified at the end; 0: none

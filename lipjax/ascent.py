@@ -110,6 +110,19 @@ def start_slopes(network: Network, bounds: Bounds) -> tuple[Array, ...]:
     return tuple(slopes)
 
 
+def free(slopes: tuple[Array, ...], log_weights: Array) -> Choose:
+    """A walk with multipliers of some slopes and weights; what those are relative to, ||c|| / r, has no gradient."""
+
+    def choose(place: int, activation: Activation, c: Array, region: Region) -> tuple[Array, Array]:
+        g = jnp.sum(slopes[place] * activation.feeding(c), axis=0)
+        if region.radius is None:
+            return g, jnp.zeros((), c.dtype)
+        unit = length(c) / jnp.where(region.ball > 0, region.ball, 1)
+        return g, jnp.exp(log_weights[place]) * lax.stop_gradient(unit)
+
+    return choose
+
+
 def begin(slopes: tuple[Array, ...], log_weights: Array | None = None) -> Climb:
     """The ascent of one pair from some slopes, and from mu r = ||c|| unless other weights are given."""
     if log_weights is None:
@@ -148,13 +161,13 @@ def climb(network: Network, bounds: Bounds, label: Array, rival: Array, state: C
     """
     adam = _adam(of)
 
-    def loss(free: tuple) -> Array:
-        return -value(network, bounds, pull(network, bounds, label, rival, _free(*free)))
+    def loss(moved: tuple) -> Array:
+        return -value(network, bounds, pull(network, bounds, label, rival, free(*moved)))
 
     def step(_: int, state: Climb) -> Climb:
-        free = state.slopes, state.log_weights
-        updates, moments = adam.update(jax.grad(loss)(free), state.adam)
-        return Climb(*optax.apply_updates(free, updates), moments)
+        moved = state.slopes, state.log_weights
+        updates, moments = adam.update(jax.grad(loss)(moved), state.adam)
+        return Climb(*optax.apply_updates(moved, updates), moments)
 
     return lax.fori_loop(0, num_steps, step, state)
 
@@ -163,7 +176,7 @@ def finish(network: Network, bounds: Bounds, label: Array, rival: Array, state: 
     """The margin of one pair after an ascent, with the best weights for its multipliers, and both of them."""
 
     def choose(place: int, activation: Activation, c: Array, region: Region) -> tuple[Array, Array]:
-        g, _ = _free(state.slopes, state.log_weights)(place, activation, c, region)
+        g, _ = free(state.slopes, state.log_weights)(place, activation, c, region)
         g = jnp.where(region.live, g, 0)
         return g, best_weight(activation, c, g, region)
 
@@ -175,17 +188,6 @@ def pairs_at_once(network: Network, itemsize: int = 4) -> int:
     """How many pairs of example and rival may be ascended together."""
     neurons = sum(math.prod(block.affine.out_shape) + math.prod(block.affine.in_shape) for block in network.blocks)
     return max(1, MEMORY // max(1, neurons * itemsize * ARRAYS_PER_PAIR))
-
-
-def _free(slopes: tuple[Array, ...], log_weights: Array) -> Choose:
-    def choose(place: int, activation: Activation, c: Array, region: Region) -> tuple[Array, Array]:
-        g = jnp.sum(slopes[place] * activation.feeding(c), axis=0)
-        if region.radius is None:
-            return g, jnp.zeros((), c.dtype)
-        radius = jnp.where(region.ball > 0, region.ball, 1)
-        return g, jnp.exp(log_weights[place]) * length(c) / radius
-
-    return choose
 
 
 def _adam(num_steps: int) -> optax.GradientTransformation:

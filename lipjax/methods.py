@@ -121,11 +121,9 @@ class DualMargins:
 
     Attributes:
         num_rivals: how many are asked, those with the least Lipschitz margins; None: all.
-        num_steps: of the search for each weight.
     """
 
     num_rivals: int | None
-    num_steps: int
 
     def __call__(self, network, bounds, label, rule, *rest):
         lipschitz = margins.pairwise_lipschitz(network.head, bounds.features, label)
@@ -133,7 +131,7 @@ class DualMargins:
         others = len(lipschitz) - 1
         count = others if self.num_rivals is None else min(self.num_rivals, others)
         _, rivals = jax.lax.top_k(-jnp.where(own, jnp.inf, lipschitz), count)
-        found = rule.margins(network, bounds, label, rivals, self.num_steps)
+        found = rule.margins(network, bounds, label, rivals)
         asked = jnp.zeros_like(own).at[rivals].set(True) | own
         return jnp.where(asked, lipschitz.at[rivals].max(found), jnp.inf)
 

@@ -178,7 +178,7 @@ def _start(
         states = [ascent.begin(ascent.start_slopes(network, own))]
         if rule is None:
             return states[0]
-        states.append(ascent.begin(rule.slopes(network, own)))
+        states.append(ascent.begin(rule.slopes(network, own), rule.log_weights))
         values = [ascent.finish(network, own, chosen, rival, state)[0] for state in states]
         return jax.tree.map(lambda default, ruled: jnp.where(values[1] > values[0], ruled, default), *states)
 

@@ -100,7 +100,7 @@ def validation_of(config: Config) -> methods.Objective:
 def margins_of(config: Config) -> methods.Margins:
     """How a config bounds margins in training."""
     if config.method.margins == "dual":
-        return methods.DualMargins(config.dual.num_rivals, config.dual.num_steps)
+        return methods.DualMargins(config.dual.num_rivals)
     return methods.forward(FORWARD[config.method.margins])
 
 

@@ -24,7 +24,7 @@ SINCE = {
     "data": {"crop_padding": 0},
     "model": {"upper_clip": (1.0,), "lower_clip": (-1.0,)},
     "power_iteration": {"start": "saved", "global_layers": ()},
-    "dual": {"num_rivals": 2, "num_steps": 6},
+    "dual": {"num_rivals": 2},
     "sparsity": {"weight": 0.0, "weight_theta": 1.0},
 }
 
@@ -103,7 +103,6 @@ def check(config: Config) -> None:
         ("power_iteration.num_iters", 1),
         ("power_iteration.global_iters", 1),
         ("dual.num_rivals", 1),
-        ("dual.num_steps", 1),
         ("probe.size", 0),
         ("probe.max_iters", 1),
         ("checkpoint.every", 1),

@@ -1,0 +1,60 @@
+"""Attacks that others wrote: none of foolbox finds a wrong prediction inside of a certified radius.
+
+They are in the extra ``attacks``: ``pip install "lipjax[attacks]"``.
+"""
+
+import dataclasses
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+
+import lipjax
+
+with warnings.catch_warnings():  # its imports are older than the SciPy that they are from
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    foolbox = pytest.importorskip("foolbox", reason="foolbox is not installed; it is in the extra attacks")
+
+CERTIFIED = ("relu", "clipped", "pairs")
+
+
+@pytest.fixture(scope="module", params=CERTIFIED)
+def subject(request):
+    """A network, inputs that it certifies to be its own prediction, and their radii."""
+    network = oracles.random_network(f"dense {request.param}", 3)
+    x = jnp.asarray(oracles.random_inputs(network, 4, 12))
+    head = dataclasses.replace(network.head, bias=network.head.bias - network(x).mean(axis=0))  # no class wins always
+    network = dataclasses.replace(network, head=head)
+    label = jnp.argmax(network(x), axis=1)
+    radius = np.asarray(lipjax.certified_radius(network, x, label, level="deterministic", dual_steps=30))
+    assert (radius > 0).all()
+    return network, x, label, radius
+
+
+def wrapped(network):
+    return foolbox.JAXModel(jax.jit(lambda x: network(x)), bounds=(-100, 100))
+
+
+@pytest.mark.parametrize("attack", ["L2DeepFoolAttack", "L2CarliniWagnerAttack"])
+def test_the_nearest_adversarial_example_is_no_nearer_than_the_radius(subject, attack):
+    network, x, label, radius = subject
+    points, _, found = getattr(foolbox.attacks, attack)(steps=50)(wrapped(network), x, label, epsilons=None)
+    found, points = np.asarray(found.raw if hasattr(found, "raw") else found), np.asarray(points, np.float64)
+    distance = np.linalg.norm((points - np.asarray(x, np.float64)).reshape(len(x), -1), axis=1)
+    assert found.any()  # it is an attack
+    assert (distance[found] >= radius[found]).all()
+
+
+@pytest.mark.parametrize("attack", ["L2ProjectedGradientDescentAttack", "L2FastGradientAttack"])
+def test_no_attack_succeeds_inside_of_the_radius_and_far_outside_some_do(subject, attack):
+    network, x, label, radius = subject
+    run = getattr(foolbox.attacks, attack)()
+    for example in range(0, len(x), 3):
+        one, chosen, eps = x[example : example + 1], label[example : example + 1], float(radius[example])
+        _, _, found = run(wrapped(network), one, chosen, epsilons=[0.999 * eps])
+        assert not np.asarray(found).any()
+    _, _, found = run(wrapped(network), x, label, epsilons=[100.0])
+    assert np.asarray(found).any()

@@ -71,12 +71,15 @@ def plot_radii(path: pathlib.Path, found: dict[str, Any], runs: list[str]) -> No
 
 
 def plot_time(path: pathlib.Path, runs: dict[str, pathlib.Path]) -> None:
-    """The certified accuracy of the validation split after each epoch, against seconds of training."""
+    """The certified accuracy of the validation split after each epoch, against the time of as many median epochs.
+
+    What an epoch took beside other work on the machine is not what it takes.
+    """
     figure = Figure(figsize=(6, 4), layout="constrained")
     panel = figure.subplots()
     for run, folder in runs.items():
         rows = read_rows(folder, before=sys.maxsize)
-        seconds = np.cumsum([row["training_seconds"] for row in rows])
+        seconds = np.arange(1, len(rows) + 1) * np.median([row["training_seconds"] for row in rows])
         panel.plot(seconds, [row[SCORE] for row in rows], marker=".", label=run)
     panel.set(xlabel="seconds of training", ylabel="certified on the validation split (estimate)", ylim=(0, 1))
     panel.grid(alpha=0.3)

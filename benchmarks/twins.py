@@ -71,7 +71,7 @@ def plot_radii(path: pathlib.Path, found: dict[str, Any], runs: list[str]) -> No
 
 
 def plot_time(path: pathlib.Path, runs: dict[str, pathlib.Path]) -> None:
-    """The certified accuracy of the validation split after each epoch, against the time of as many epochs like the fastest.
+    """Certified accuracy of the validation split after each epoch, against the time of as many epochs like the fastest.
 
     What an epoch took beside other work on the machine is not what it takes.
     """

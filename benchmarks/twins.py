@@ -13,6 +13,7 @@ import argparse
 import json
 import pathlib
 import sys
+import tempfile
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,7 @@ SCORE = "validation_certified_accuracy"
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Certify and write ``radii.json``, ``radii.png`` and ``time.png``; radii that are there are not computed again."""
+    """Certify and write ``radii.json``, ``radii.png`` and ``time.png``."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", action="append", required=True, metavar="NAME=FOLDER", help="a trained run")
     parser.add_argument("--limit", type=int, default=500, help="test images; default: 500")
@@ -35,22 +36,20 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     runs = {name: pathlib.Path(folder) for name, _, folder in (text.partition("=") for text in options.run)}
     options.output.mkdir(parents=True, exist_ok=True)
-    path = options.output / "radii.json"
-    found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    for name, folder in runs.items():
-        for count, stage in enumerate(BOUNDING, 1):
-            key = f"{name}, {stage}"
-            if key not in found:
-                found[key] = curve(folder, BOUNDING[:count], options.limit, options.output / "certificates")
-                path.write_text(json.dumps(found, indent=2) + "\n")
+    found = {
+        f"{name}, {stage}": curve(folder, BOUNDING[:count], options.limit)
+        for name, folder in runs.items()
+        for count, stage in enumerate(BOUNDING, 1)
+    }
+    (options.output / "radii.json").write_text(json.dumps(found, indent=2) + "\n")
     plot_radii(options.output / "radii.png", found, list(runs))
     plot_time(options.output / "time.png", runs)
 
 
-def curve(folder: pathlib.Path, stages: tuple[str, ...], limit: int, output: pathlib.Path) -> dict[str, Any]:
-    """Certified accuracy against eps by some stages."""
-    output = output / folder.name / stages[-1]
-    summary = certify(folder, limit=limit, stages=stages, radius=True, output=output)
+def curve(folder: pathlib.Path, stages: tuple[str, ...], limit: int) -> dict[str, Any]:
+    """Certified accuracy against eps by some stages; the certificates themselves are not kept."""
+    with tempfile.TemporaryDirectory() as output:
+        summary = certify(folder, limit=limit, stages=stages, radius=True, output=pathlib.Path(output))
     keys = ("certified_accuracy", "certified_accuracy_at", "median_radius", "level", "delta", "domain", "method")
     return {"images": summary["counts"]["examples"], "eps": summary["eps"], **{key: summary[key] for key in keys}}
 

@@ -60,13 +60,13 @@ class ProgressFile:
                     f"{self.path} is of a certification with {name}={then}, not {now}: give the same options, or do "
                     "not resume"
                 )
-        missing = {field.name for field in dataclasses.fields(evidence)} ^ arrays.keys()
-        if missing:  # norms without the rows that they are norms of would prove anything
+        fields = {field.name for field in dataclasses.fields(evidence)}
+        if missing := fields - arrays.keys():  # norms without the rows that they are norms of would prove anything
             raise ValueError(
                 f"{self.path} lacks {', '.join(sorted(missing))}; delete it and certify from the beginning"
             )
-        for name, array in arrays.items():
-            setattr(evidence, name, array)
+        for name in fields:
+            setattr(evidence, name, arrays[name])
         certifier.used[0, evidence.local] = True
         ledger = said["ledger"]
         certifier.ledger.starts, certifier.ledger.products = ledger["starts_drawn"], ledger["products"]

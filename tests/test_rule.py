@@ -169,6 +169,6 @@ def test_every_method_of_the_dual_is_what_its_name_says():
 
 def test_the_key_of_the_dual_is_checked():
     with pytest.raises(
-        configs.InputError, match=r"--config.dual.num_rivals=0 cannot be used; give a finite number at l"
+        configs.InputError, match="--config.dual.num_rivals=0 cannot be used; give a finite number at least 1"
     ):
         shrunk("dual", "--config.dual.num_rivals=0")

@@ -24,7 +24,7 @@ SINCE = {
     "data": {"crop_padding": 0},
     "model": {"upper_clip": (1.0,), "lower_clip": (-1.0,)},
     "power_iteration": {"start": "saved", "global_layers": ()},
-    "dual": {"num_rivals": 2},
+    "dual": {"num_rivals": 1},
     "sparsity": {"weight": 0.0, "weight_theta": 1.0},
 }
 

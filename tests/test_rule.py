@@ -1,5 +1,6 @@
 """Training through the dual: its margins are bounds, the rule learns, and a run resumes with it bit for bit."""
 
+import dataclasses
 import json
 import pathlib
 
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lipjax
-from lipjax import certification, data, methods, recipe, runs
+from lipjax import ascent, certification, data, dual, methods, recipe, runs
 from lipjax import settings as configs
 from lipjax.checkpoints import Checkpoints
 from lipjax.rule import initial_rule
@@ -64,6 +65,36 @@ def test_margins_of_any_rule_are_bounds_and_never_below_lipschitz(kind, seed, ep
         assert [int(np.isfinite(margins[i]).sum()) for margins in found] == [2, 3]
         strongest = np.argmin(np.where(np.arange(3) == int(label[i]), np.inf, np.asarray(lipschitz[i])))
         assert np.isfinite(found[0][i, strongest])
+
+
+def test_gradients_flow_through_center_and_radius_and_not_through_the_boxes():
+    network, x, label, sigmas, rule = case("dense pairs", 3)
+    rivals = jnp.asarray([(int(label[0]) + 1) % 3])
+
+    def bounds_of(network):
+        return lipjax.propagate(network, lipjax.l2_ball(x[0], 0.3), lipjax.Given(sigmas))
+
+    constant = bounds_of(network).preactivations
+
+    def with_fixed_boxes(network):
+        bounds = bounds_of(network)
+        regions = tuple(
+            dataclasses.replace(region, lower=fixed.lower, upper=fixed.upper)
+            for region, fixed in zip(bounds.preactivations, constant, strict=True)
+        )
+        bounds = dataclasses.replace(bounds, preactivations=regions)
+        choose = ascent.free(rule.slopes(network, bounds), rule.log_weights)
+        return dual.value(network, bounds, dual.pull(network, bounds, label[0], rivals[0], choose))
+
+    def by_rule(network):
+        return rule.margins(network, bounds_of(network), label[0], rivals)[0]
+
+    value, gradient = jax.value_and_grad(by_rule, allow_int=True)(network)
+    expected_value, expected = jax.value_and_grad(with_fixed_boxes, allow_int=True)(network)
+    np.testing.assert_allclose(value, expected_value, rtol=1e-6)
+    for ours, theirs in zip(jax.tree.leaves(gradient), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+    assert all(float(jnp.abs(leaf).max()) > 0 for leaf in (gradient.head.kernel, gradient.blocks[0].affine.kernel))
 
 
 def shrunk(method, *more):

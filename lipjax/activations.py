@@ -7,13 +7,13 @@ piece by piece has its minimum from :meth:`Elementwise.pieces`.
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array, lax
 
 from lipjax.layers import layer
@@ -89,6 +89,24 @@ class Piece(NamedTuple):
     start: Array | float
     end: Array | float
 
+    def at(self, z: Array) -> Array:
+        """Its values, on the piece or beyond."""
+        return self.slope * z + self.intercept
+
+
+class PairPiece(NamedTuple):
+    """A piece of a function of two variables that is linear in the larger and in the smaller of them.
+
+    Attributes:
+        swapped: the second is the larger one.
+        of_max: of the max, as a function of the larger.
+        of_min: of the min, as a function of the smaller.
+    """
+
+    swapped: Array | bool
+    of_max: Piece
+    of_min: Piece
+
 
 @layer
 class Elementwise(Activation):
@@ -99,17 +117,20 @@ class Elementwise(Activation):
         raise NotImplementedError
 
     def minimum(self, c: Array, g: Array, weight: Array, region: Region) -> tuple[Array, Array]:
+        fixed = lax.stop_gradient((c, g, weight, region))
+        values, minimiser, _ = self._on(
+            _least(self.pieces(), lambda piece: self._on(piece, *fixed)), c, g, weight, region
+        )
+        return jnp.sum(values), minimiser
+
+    @staticmethod
+    def _on(piece: Piece, c: Array, g: Array, weight: Array, region: Region) -> tuple[Array, Array, Array]:
+        """The least value of each entry on its part of a piece, where it is, and whether that part is empty."""
         lower, upper = region.box
-        best, minimiser = jnp.full_like(region.center, jnp.inf), region.center
-        for slope, intercept, start, end in self.pieces():
-            low, high = jnp.maximum(lower, start), jnp.minimum(upper, end)
-            q = slope * c - g
-            z = _lowest(q, weight, region.center, low, high)
-            value = q * z + c * intercept + weight / 2 * (z - region.center) ** 2
-            value = jnp.where(high < low, jnp.inf, value)  # only where the piece is empty: NaN must show
-            minimiser = jnp.where(value < best, z, minimiser)
-            best = jnp.minimum(best, value)
-        return jnp.sum(best), minimiser
+        low, high = jnp.maximum(lower, piece.start), jnp.minimum(upper, piece.end)
+        z = _lowest(piece.slope * c - g, weight, region.center, low, high)
+        value = c * piece.at(z) - g * z + weight / 2 * (z - region.center) ** 2
+        return value, z, high < low
 
 
 @jax.tree_util.register_dataclass
@@ -191,44 +212,39 @@ class Pairs(Activation):
         return jnp.concatenate([larger, jnp.maximum(jnp.minimum(first, second), lower_clip)], axis=-1)
 
     def minimum(self, c: Array, g: Array, weight: Array, region: Region) -> tuple[Array, Array]:
-        (c_max, c_min), rows, centers = (jnp.split(array, 2, axis=-1) for array in (c, g, region.center))
-        lowers, uppers = (jnp.split(bound, 2, axis=-1) for bound in region.box)
-        pieces = list(itertools.product(((0, 1), (1, 0)), *self._pieces()))  # who is the larger one, and where it is
+        fixed = lax.stop_gradient((c, g, weight, region))
+        chosen = _least(self._pieces(), lambda piece: self._on(piece, *fixed))
+        values, (larger, smaller), _ = self._on(chosen, c, g, weight, region)
+        first, second = jnp.where(chosen.swapped, smaller, larger), jnp.where(chosen.swapped, larger, smaller)
+        return jnp.sum(values), jnp.concatenate([first, second], axis=-1)
 
-        def each(of: Callable[..., Array | float]) -> Array:
-            return jnp.stack([jnp.broadcast_to(of(*piece), c_max.shape) for piece in pieces])
+    @staticmethod
+    def _on(piece: PairPiece, c: Array, g: Array, weight: Array, region: Region) -> tuple[Array, Any, Array]:
+        """The least value of each pair on its part of a piece, where it is, and whether that part is empty."""
+        c_max, c_min = jnp.split(c, 2, axis=-1)
 
-        # One array for the larger of each pair and one for the smaller, with a leading axis of pieces.
-        q = (
-            each(lambda order, of_max, _: of_max.slope * c_max - rows[order[0]]),
-            each(lambda order, _, of_min: of_min.slope * c_min - rows[order[1]]),
-        )
-        low = (
-            each(lambda order, of_max, _: jnp.maximum(lowers[order[0]], of_max.start)),
-            each(lambda order, _, of_min: jnp.maximum(lowers[order[1]], of_min.start)),
-        )
-        high = (
-            each(lambda order, of_max, _: jnp.minimum(uppers[order[0]], of_max.end)),
-            each(lambda order, _, of_min: jnp.minimum(uppers[order[1]], of_min.end)),
-        )
-        center = each(lambda order, *_: centers[order[0]]), each(lambda order, *_: centers[order[1]])
-        constant = each(lambda _, of_max, of_min: c_max * of_max.intercept + c_min * of_min.intercept)
+        def ordered(rows: Array) -> tuple[Array, Array]:
+            first, second = jnp.split(rows, 2, axis=-1)
+            return jnp.where(piece.swapped, second, first), jnp.where(piece.swapped, first, second)
+
+        # Each a tuple: of the larger of a pair, and of the smaller.
+        sides, rows, center = (piece.of_max, piece.of_min), ordered(g), ordered(region.center)
+        lowers, uppers = (ordered(bound) for bound in region.box)
+        q = tuple(side.slope * outputs - row for side, outputs, row in zip(sides, (c_max, c_min), rows, strict=True))
+        low = tuple(jnp.maximum(lower, side.start) for side, lower in zip(sides, lowers, strict=True))
+        high = tuple(jnp.minimum(upper, side.end) for side, upper in zip(sides, uppers, strict=True))
         larger, smaller = (_lowest(q[k], weight, center[k], low[k], high[k]) for k in (0, 1))
         # Where that breaks the order, the constrained minimum lies where both are equal (convexity).
         broken = larger < smaller
         common = jnp.maximum(*low), jnp.minimum(*high)
         equal = _lowest(sum(q) / 2, weight, sum(center) / 2, *common)
         larger, smaller = jnp.where(broken, equal, larger), jnp.where(broken, equal, smaller)
-        value = q[0] * larger + q[1] * smaller + constant
+        value = (
+            c_max * piece.of_max.at(larger) + c_min * piece.of_min.at(smaller) - rows[0] * larger - rows[1] * smaller
+        )
         value += weight / 2 * ((larger - center[0]) ** 2 + (smaller - center[1]) ** 2)
-        # A piece is left out only where it is empty: NaN must show.
         empty = (high[0] < low[0]) | (high[1] < low[1]) | (broken & (common[1] < common[0]))
-        value = jnp.where(empty, jnp.inf, value)
-        swapped = np.reshape([order == (1, 0) for order, *_ in pieces], (-1, *(1,) * c_max.ndim))
-        both = jnp.where(swapped, smaller, larger), jnp.where(swapped, larger, smaller)
-        chosen = jnp.argmin(value, axis=0)[None]
-        minimiser = [jnp.take_along_axis(z, chosen, axis=0)[0] for z in both]
-        return jnp.sum(jnp.min(value, axis=0)), jnp.concatenate(minimiser, axis=-1)
+        return value, (larger, smaller), empty
 
     def feeding(self, c: Array) -> Array:
         c_max, c_min = jnp.split(c, 2, axis=-1)
@@ -243,13 +259,13 @@ class Pairs(Activation):
         of_min = jnp.minimum(second - first, first - lower_clip), jnp.minimum(first - second, second - lower_clip)
         return jnp.stack([jnp.concatenate([each / width for each in both], axis=-1) for both in (of_max, of_min)])
 
-    def _pieces(self) -> tuple[tuple[Piece, ...], tuple[Piece, ...]]:
-        """Pieces of the max as a function of the larger of a pair, and of the min as one of the smaller."""
+    def _pieces(self) -> list[PairPiece]:
         upper_clip, lower_clip = self.clips()
         of_max = Piece(1, 0, -jnp.inf, upper_clip), Piece(0, upper_clip, upper_clip, jnp.inf)
         of_min = Piece(1, 0, lower_clip, jnp.inf), Piece(0, lower_clip, -jnp.inf, lower_clip)
-        unclipped = isinstance(upper_clip, float)
-        return (of_max[:1], of_min[:1]) if unclipped else (of_max, of_min)
+        if isinstance(upper_clip, float):  # there are no clips
+            of_max, of_min = of_max[:1], of_min[:1]
+        return [PairPiece(*each) for each in itertools.product((False, True), of_max, of_min)]
 
 
 @jax.tree_util.register_dataclass
@@ -300,6 +316,22 @@ class ClippedMaxMin(Pairs):
         max_dead = (lower1 >= self.upper_clip) | (lower2 >= self.upper_clip)
         min_dead = (upper1 <= self.lower_clip) | (upper2 <= self.lower_clip)
         return max_dead, min_dead
+
+
+def _least(pieces: Sequence[Any], least_on: Callable[[Any], tuple[Array, Any, Array]]) -> Any:
+    """For each unit the piece with the least value; one with NaN, where there is one, so that it shows."""
+
+    def value_on(piece: Any) -> Array:
+        value, _, empty = least_on(piece)
+        return jnp.where(empty, jnp.inf, value)
+
+    chosen, least = pieces[0], value_on(pieces[0])
+    for piece in pieces[1:]:
+        value = value_on(piece)
+        less = (value < least) | jnp.isnan(value)
+        chosen = jax.tree.map(functools.partial(jnp.where, less), piece, chosen)
+        least = jnp.where(less, value, least)
+    return chosen
 
 
 def _lowest(q: Array, weight: Array, center: Array, low: Array, high: Array) -> Array:

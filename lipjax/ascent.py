@@ -25,6 +25,7 @@ from lipjax.regions import Region
 from lipjax.spectral import length
 
 SLOPE_RATE, WEIGHT_RATE, LAST_RATE = 0.1, 0.05, 0.05  # of Adam; the last is the share that is left at the end
+NOISE = 1e-5  # of a derivative; of smaller ones Adam would make whole steps, though they may be rounding alone
 LEAST_WEIGHT = 1e-3  # mu r / ||c|| from which a resumed ascent may still grow
 MEMORY = 2**31  # bytes that the pairs of one batch may take
 ARRAYS_PER_PAIR = 24  # held at once, each of the size of all activations
@@ -192,7 +193,7 @@ def pairs_at_once(network: Network, itemsize: int = 4) -> int:
 
 def _adam(num_steps: int) -> optax.GradientTransformation:
     slopes, weights = (
-        optax.adam(optax.cosine_decay_schedule(rate, max(1, num_steps), LAST_RATE))
+        optax.adam(optax.cosine_decay_schedule(rate, max(1, num_steps), LAST_RATE), eps=NOISE)
         for rate in (SLOPE_RATE, WEIGHT_RATE)
     )
     return optax.partition({"slopes": slopes, "weights": weights}, ("slopes", "weights"))

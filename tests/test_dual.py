@@ -373,16 +373,14 @@ def test_a_pair_does_not_depend_on_its_batch():
 
 
 def test_batches_of_pairs_are_cut_and_give_the_same(monkeypatch):
-    network = network_of("dense relu", 3)
-    x = jnp.asarray(oracles.random_inputs(network, 3, 5))
-    label = jnp.argmax(network(x), axis=1)
-    bounds = _bounds(network, x, 0.3, jnp.asarray(norms_of(network), jnp.float32), "ball")
-    rivals = jnp.stack([(label + 1) % 3, (label + 2) % 3], axis=1)
-    whole = lipjax.ascend(network, bounds, label, rivals=rivals, num_steps=20)
-    monkeypatch.setattr(ascent, "MEMORY", 4 * ascent.MEMORY // (ascent.pairs_at_once(network)))
-    assert ascent.pairs_at_once(network) < 10
-    cut = lipjax.ascend(network, bounds, label, rivals=rivals, num_steps=20)
-    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-4), whole, cut)
+    with jax.enable_x64(True):  # in float32 rounding may decide at a kink, and an ascent go on from there
+        network, _, label, bounds = case("dense relu", 3, 0.3)
+        rivals = jnp.stack([(label + 1) % 3, (label + 2) % 3], axis=1)
+        whole = lipjax.ascend(network, bounds, label, rivals=rivals, num_steps=20)
+        monkeypatch.setattr(ascent, "MEMORY", ascent.MEMORY // ascent.pairs_at_once(network))
+        assert ascent.pairs_at_once(network) < rivals.size
+        cut = lipjax.ascend(network, bounds, label, rivals=rivals, num_steps=20)
+        jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-9), whole, cut)
 
 
 @pytest.mark.parametrize("kind", ["dense relu", "dense pairs", "residual"])

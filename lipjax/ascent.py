@@ -53,8 +53,8 @@ def ascend(
 
     Returns:
         ``(margins, multipliers)``: (B, classes), never worse than those of the forward pass; and where they were
-        attained. A pair's result does not depend on the others, beyond rounding. Pairs are ascended in batches that
-        take at most 2 GB.
+        attained. A pair's result does not depend on the others, beyond what rounding decides at kinks. Pairs are
+        ascended in batches that take at most 2 GB.
 
     Soundness:
         As of :func:`dual_margins`.

@@ -14,6 +14,7 @@ import numpy as np
 from jax import Array, lax
 
 from lipjax import bounds, spectral
+from lipjax.keys import check_key
 from lipjax.regions import check_domain, check_pixels
 
 Classifier = Callable[[Array], Array]
@@ -67,6 +68,8 @@ def pgd(
         [H21] section 5 (100 steps of eps / 4).
     """
     _, radius = _check(network, x, label, eps, domain)
+    if start is None:
+        check_key(key, (len(x),))
     step = radius / 4 if step_size is None else jnp.broadcast_to(jnp.asarray(step_size, x.dtype), len(x))
 
     def total(points: Array) -> Array:
@@ -109,6 +112,7 @@ def attack(
         other examples, but by rounding; with one key for the batch it depends on the place in it.
     """
     logits, _ = _check(network, x, label, eps, domain)
+    check_key(key, (len(x),))
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(len(x))) if key.ndim == 0 else key
 
     def attack_again(round_: Array, best: tuple[Array, Array]) -> tuple[Array, Array]:

@@ -19,7 +19,7 @@ from jax import Array
 from lipjax import spectral
 from lipjax.activations import Activation
 from lipjax.layers import Affine
-from lipjax.networks import Block, Network
+from lipjax.networks import Block, Network, check_network
 from lipjax.regions import Region, all_finite
 from lipjax.spectral import LinearMap
 
@@ -107,9 +107,13 @@ def propagate(network: Network, region: Region, norm: Norm, row_norms: RowNorms 
         Box and ball contain every reachable activation up to rounding, if the norms are upper bounds. With norms
         estimated from below (power iteration) all of it is an estimate.
 
+    Raises:
+        TypeError: the network is none.
+
     Reference:
         [H21] sections 3.1 and 3.2.
     """
+    check_network(network)
     preactivations, live, sigmas, norm_results = [], [], [], []
 
     def block(place: int, step: Block, region: Region) -> Region:
@@ -186,6 +190,7 @@ def linear_map(layer: Affine) -> LinearMap:
 
 def global_norms(network: Network, norm: Norm) -> tuple[Array, tuple[Any, ...]]:
     """The norms (blocks,) of the whole layers of the feature map, and what ``norm`` hands back for each."""
+    check_network(network)
     return layer_norms(tuple(block.affine for block in network.blocks), norm, network.head.kernel.dtype)
 
 
@@ -281,7 +286,8 @@ class Given:
 
 
 def check_batch(network: Network, x: Array) -> None:
-    """Raises TypeError or ValueError unless x is a batch of inputs of the network."""
+    """Raises TypeError or ValueError unless x is a batch of inputs of the network, which is one."""
+    check_network(network)
     if not hasattr(x, "dtype"):
         expected = ", ".join(map(str, ("B", *network.input_shape)))
         raise TypeError(f"x is a {type(x).__name__}; expected a batch ({expected}), an array")

@@ -17,10 +17,11 @@ from lipjax import bounds, norms, rounding
 from lipjax.certificates import Certificate, certificate
 from lipjax.dual import forward_margins
 from lipjax.enclosures import EXACT, Enclosure, Solve, enclose, enter
+from lipjax.keys import check_start_key
 from lipjax.layers import Affine
-from lipjax.ledger import Ledger, checked_key
+from lipjax.ledger import Ledger
 from lipjax.masks import Rows
-from lipjax.networks import Network
+from lipjax.networks import Network, check_network
 from lipjax.pairs import Ascent, Starts, proven_margins
 from lipjax.regions import check_domain
 
@@ -72,6 +73,7 @@ class Certifier:
         domain: which inputs are certified: ``"ball"``, or ``"pixels"``, what of it lies in [0, 1].
 
     Raises:
+        TypeError: the network is none.
         ValueError: an option that cannot be used, named with its value.
     """
 
@@ -87,6 +89,7 @@ class Certifier:
         rtol: float = 1e-3,
         domain: str = "ball",
     ) -> None:
+        check_network(network)
         check_domain(np.zeros(0), domain)
         self.examples, self.rounds, self.domain = examples, rounds, domain
         self.used = np.zeros((rounds, examples), bool)
@@ -97,7 +100,8 @@ class Certifier:
                 "key=None: the level 'probabilistic' draws random starts; give key=jax.random.key(seed) with a seed "
                 "that does not depend on the data"
             )
-        self.key = jax.random.key(0) if key is None else checked_key(key)
+        self.key = jax.random.key(0) if key is None else key
+        check_start_key(self.key)
         rounding.check_range(network)
         self.ledger = Ledger(planned, getattr(self.level, "delta", math.nan))
         with self._precision():

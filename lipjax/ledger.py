@@ -1,14 +1,11 @@
-"""The ledger of one certifier: the random starts that its claim rests on, and the key that draws them."""
+"""The ledger of one certifier: the random starts that its claim rests on."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jax import Array
 
 from lipjax import norms
 
@@ -47,21 +44,3 @@ class Ledger:
             "largest_gap": self.largest_gap,
         }
         return {name: None if math.isnan(value) else value for name, value in facts.items()}
-
-
-def checked_key(key: Array) -> Array:
-    """The key, if it is one.
-
-    Raises:
-        ValueError: it is anything but a single key.
-    """
-    is_key = isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
-    if not is_key or key.shape:
-        what = f"key has shape {key.shape}" if is_key else f"key={key!r} is a {type(key).__name__}"
-        raise ValueError(f"{what}; expected a single key, such as jax.random.key(seed)")
-    if "threefry" not in str(jax.random.key_impl(key)):
-        raise ValueError(
-            f"key is of the generator {jax.random.key_impl(key)}, whose numbers depend on the batch; expected "
-            "jax.random.key(seed, impl='threefry2x32')"
-        )
-    return key

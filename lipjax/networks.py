@@ -142,3 +142,12 @@ class Network:
             else:
                 value = block(next(places), step, value)
         return value
+
+
+def check_network(network: Any) -> None:
+    """Raises TypeError unless it is a :class:`Network`."""
+    if not isinstance(network, Network):
+        raise TypeError(
+            f"network is of type {type(network).__name__}; expected a lipjax.Network, which "
+            "lipjax.from_flax(model, input_shape=...) reads from a Flax model"
+        )

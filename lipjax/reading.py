@@ -57,12 +57,17 @@ def from_flax(
     if input_shape is None:
         raise TypeError("input_shape is missing: give the shape of one input, such as input_shape=(28, 28, 1)")
     # Exact types: a subclass may compute something else.
+    parameters = nnx.state(model) if isinstance(model, nnx.Module) else variables
+    if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(parameters)):
+        raise TypeError("the model has shapes in place of parameters, as eval_shape gives them; initialise it first")
     assembly = Assembly(tuple(input_shape))
     if type(model) is nnx.Sequential:
         _read_all(model.layers, [None] * len(model.layers), assembly, "")
         forward = model
     elif type(model) is nn.Sequential:
         if not isinstance(variables, Mapping) or "params" not in variables:
+            if isinstance(variables, Mapping) and any(str(name).startswith("layers_") for name in variables):
+                raise TypeError("variables hold the parameters alone: give {'params': params}, as model.init does")
             raise TypeError("a Linen model needs its variables: from_flax(module, variables, input_shape=...)")
         _read_all(model.layers, [_collected(variables, f"layers_{k}") for k in range(len(model.layers))], assembly, "")
         forward = lambda x: model.apply(variables, x)  # noqa: E731

@@ -17,7 +17,7 @@ from jax import Array
 from lipjax import bounds
 from lipjax.certificates import Certificate
 from lipjax.certifier import Certifier
-from lipjax.ledger import checked_key
+from lipjax.keys import check_start_key
 from lipjax.networks import Network
 from lipjax.pairs import Ascent
 from lipjax.radius import certified_radii
@@ -76,7 +76,7 @@ def certify(
         ValueError: x is not a batch of inputs of the network, the labels do not fit it, or an option cannot be used.
     """
     _check(network, x, eps)
-    bounds.check_labels(network.num_classes, x, label)
+    _check_classes(network, x, label)
     names = _stages(stages, level)
     certifier = Certifier(network, len(x), level=level, delta=delta, key=key, rtol=rtol, domain=domain)
     check_domain(x, domain)
@@ -135,7 +135,7 @@ def certified_radius(
         ValueError: as of :func:`certify`, or max_eps, tol or max_rounds is not more than 0.
     """
     _check(network, x, 0.0)
-    bounds.check_labels(network.num_classes, x, label)
+    _check_classes(network, x, label)
     for name, value in (("max_eps", math.sqrt(x[0].size) if max_eps is None else max_eps), ("tol", tol)):
         if not (isinstance(value, numbers.Real) and value > 0 and math.isfinite(value)):
             raise ValueError(f"{name}={value!r} cannot be used; give a finite number more than 0, in pixels")
@@ -231,7 +231,9 @@ def _estimate(
 ) -> bounds.Estimate:
     """The norm of level ``estimate`` in traced code; delta and rtol have no meaning there."""
     del level, delta, rtol
-    return bounds.Estimate(checked_key(jax.random.key(0) if key is None else key))
+    key = jax.random.key(0) if key is None else key
+    check_start_key(key)
+    return bounds.Estimate(key)
 
 
 def _check(network: Network, x: Array, eps: Array | float, *, traced: bool = False) -> None:
@@ -255,6 +257,16 @@ def _check(network: Network, x: Array, eps: Array | float, *, traced: bool = Fal
     wrong = ~np.isfinite(np.asarray(x)).reshape(len(x), -1).all(axis=1)
     if wrong.any():
         raise ValueError(f"x[{np.flatnonzero(wrong)[0]}] holds NaN or infinity; expected pixels in [0, 1]")
+
+
+def _check_classes(network: Network, x: Array, label: Array) -> None:
+    """Raises ValueError unless there are classes to tell apart, and the labels are some of them."""
+    if network.num_classes < 2:
+        raise ValueError(
+            f"the network has {network.num_classes} logit, and a margin is that between two; give a classifier of two "
+            "classes two logits, such as 0 and its own"
+        )
+    bounds.check_labels(network.num_classes, x, label)
 
 
 def _outward(values: np.ndarray, towards: float) -> Array:

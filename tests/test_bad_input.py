@@ -5,6 +5,7 @@ import math
 import pathlib
 import shutil
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -93,6 +94,10 @@ def model():
     return nnx.Sequential(nnx.Linear(5, 4, rngs=nnx.Rngs(0)), nnx.relu, nnx.Linear(4, 3, rngs=nnx.Rngs(1)))
 
 
+def linen_model():
+    return nn.Sequential([nn.Dense(4), nn.relu, nn.Dense(3)])
+
+
 def case(name, call, *parts):
     """A kind of bad input: ``call(folder)``, and what its message says."""
     return pytest.param(call, parts, id=name.replace(" ", "-"))
@@ -100,6 +105,9 @@ def case(name, call, *parts):
 
 SHAPED = "expected a batch (B, 5)"
 PIXELS = "pixels in [0, 1]"
+NO_NETWORK = ("network is of type Sequential", "lipjax.from_flax(model, input_shape=...)")
+ONE_KEY = "expected a single key, such as jax.random.key(seed)"
+ONE_LOGIT = lipjax.Network((), lipjax.dense(jnp.ones((5, 1)), jnp.zeros(1), (5,)))
 NO_TRACE = "outside of traced code"
 ANOTHER = ("certificates.npz is about the network", "certify this network itself")
 
@@ -255,7 +263,31 @@ CASES = [
     ),
     case("own labels of float", lambda f: read_images(f, labels=np.zeros(3)), "labels are float64 (3,)", "3 integers"),
     case("no own images", lambda f: with_images(f, 0.0, (0, 8, 8, 1)), "(0, 8, 8, 1)", "at least one image"),
+    # networks
+    case("a model to certify", lambda _: lipjax.certify(model(), X, LABEL, 0.1, key=KEY), *NO_NETWORK),
+    case("a model for radii", lambda _: lipjax.certified_radius(model(), X, LABEL, key=KEY), *NO_NETWORK),
+    case("a model for a constant", lambda _: lipjax.global_lipschitz(model(), key=KEY), *NO_NETWORK),
+    case("a model for a certifier", lambda _: lipjax.Certifier(model(), 3, key=KEY), *NO_NETWORK),
+    case("a model to bound", lambda _: lipjax.propagate(model(), lipjax.l2_ball(X[0], 0.1), None), *NO_NETWORK),
+    case("one logit", lambda _: lipjax.certify(ONE_LOGIT, X, LABEL, 0.1, key=KEY), "has 1 logit", "two logits"),
+    case("radii of one logit", lambda _: lipjax.certified_radius(ONE_LOGIT, X, LABEL, key=KEY), "has 1 logit"),
+    # keys
+    case("a seed", lambda _: certify(key=3), "key=3 is of type int", ONE_KEY),
+    case("an old key", lambda _: radius(key=jax.random.PRNGKey(0)), "as jax.random.PRNGKey gives them", ONE_KEY),
+    case("a seed for an attack", lambda _: lipjax.attack(NETWORK, X, LABEL, 0.1, 3), "key=3 is of type int", ONE_KEY),
+    case("an old key for PGD", lambda _: lipjax.pgd(NETWORK, X, LABEL, 0.1, jax.random.PRNGKey(0)), "PRNGKey", ONE_KEY),
     # models
+    case(
+        "parameters alone",
+        lambda _: lipjax.from_flax(linen_model(), linen_model().init(KEY, X)["params"], input_shape=(5,)),
+        *("variables hold the parameters alone", "{'params': params}"),
+    ),
+    case("shapes alone", lambda _: lipjax.from_flax(nnx.eval_shape(model), (5,)), "shapes in place of", "initialise"),
+    case(
+        "no parameters",
+        lambda _: lipjax.from_flax(linen_model(), {"params": {}}, input_shape=(5,)),
+        *("layer 0, Dense, has no kernel", "initialise the model first"),
+    ),
     case("no input_shape", lambda _: lipjax.from_flax(model()), "input_shape is missing", "input_shape=(28, 28, 1)"),
     case("another input_shape", lambda _: lipjax.from_flax(model(), (4,)), "(4,)", "takes 5 inputs"),
     case("an unknown layer", lambda _: lipjax.from_flax(nnx.Sequential(nnx.gelu), (5,)), "gelu", "supported are"),

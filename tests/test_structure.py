@@ -12,7 +12,7 @@ MODULES = {path.stem: path for path in sorted(PACKAGE.glob("*.py"))}
 
 # A module imports only from modules before it.
 ORDER = [
-    *("errors", "regions", "convolutions", "models", "tiny_imagenet", "data"),
+    *("errors", "keys", "regions", "convolutions", "models", "tiny_imagenet", "data"),
     *("layers", "activations", "pooling", "networks", "functions", "assembly", "reading"),
     *("spectral", "bounds", "margins", "certificates", "lanczos", "rounding", "enclosures", "deterministic", "norms"),
     *(

@@ -14,6 +14,7 @@ import numpy as np
 from jax import Array
 
 from lipjax.layers import Affine, Conv
+from lipjax.regions import highest
 from lipjax.rounding import UNIT64, gamma
 from lipjax.spectral import LinearMap
 
@@ -48,7 +49,7 @@ def schur_norm(layer: Affine, rows: Array, columns: Array) -> Array:
     row_sums = jnp.where(rows, positive.linear(columns.astype(layer.kernel.dtype)), 0)
     column_sums = jnp.where(columns, positive.adjoint()(rows.astype(layer.kernel.dtype)), 0)
     terms = max(layer.terms, math.prod(layer.out_shape)) + 8
-    return jnp.sqrt(jnp.max(row_sums) * jnp.max(column_sums)) * (1 + gamma(terms, UNIT64))
+    return jnp.sqrt(highest(row_sums) * highest(column_sums)) * (1 + gamma(terms, UNIT64))
 
 
 def circulant_norm(layer: Conv) -> float:

@@ -27,6 +27,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from lipjax.regions import highest
 from lipjax.spectral import length
 
 FIRST_STEPS = 16  # steps whose vectors are orthogonalised against each other
@@ -144,7 +145,7 @@ def _step(
     before = jnp.where(step > 0, matrix.off[:, step - 1], 0)
     image = orthogonal(image - along[:, None] * u - before[:, None] * process.last)
     residual = jax.vmap(length)(image)
-    largest = jnp.max(diagonal, axis=1)
+    largest = highest(diagonal, axis=1)
     # The start may have had so small a part outside of the invariant space that rounding hides it: the residual counts
     # with its noise.
     broken = residual <= BREAKDOWN * largest
@@ -197,8 +198,8 @@ def enclosures(matrix: Tridiagonal, steps: Array | int, t_delta: Array | float) 
     inner = jnp.where(place < count[None] - 1, off, 0)
     residual = jnp.where((place == count[None] - 1) & ~exact[None], off, 0)
     before = jnp.concatenate([jnp.zeros_like(off[:1]), inner[:-1]])
-    top = jnp.max(jnp.where(used, diagonal + before / growth[None] + (inner + residual) * growth[None], 0), axis=0)
-    least = jnp.max(jnp.where(used, diagonal, 0), axis=0)
+    top = highest(jnp.where(used, diagonal + before / growth[None] + (inner + residual) * growth[None], 0), axis=0)
+    least = highest(jnp.where(used, diagonal, 0), axis=0)
 
     def log_pivots(t: Array) -> tuple[Array, Array]:
         def pivot(j: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:

@@ -8,7 +8,7 @@ import optax
 from jax import Array
 
 from lipjax.activations import Activation, ClippedMaxMin, ClippedReLU, MaxMin, ReLU
-from lipjax.regions import Region
+from lipjax.regions import Region, highest
 
 
 def cross_entropy(logits: Array, label: Array) -> Array:
@@ -40,7 +40,7 @@ def gloro(logits: Array, worst: Array, label: Array) -> Array:
         of the label, as the worst logits of [H21] do; the two are the same wherever the prediction is right.
     """
     rivals = jnp.arange(logits.shape[0]) != label
-    bottom = jnp.max(jnp.where(rivals, worst, -jnp.inf))
+    bottom = highest(jnp.where(rivals, worst, -jnp.inf))
     return cross_entropy(jnp.append(logits, bottom), label)
 
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from lipjax.layers import Dense
-from lipjax.regions import Region
+from lipjax.regions import Region, highest
 from lipjax.spectral import length
 
 
@@ -145,7 +145,7 @@ def worst_logits(logits: Array, margins: Array, label: Array) -> Array:
 
 def worst_margin(margins: Array, label: Array) -> Array:
     """The least margin over the rivals of the label, scalar."""
-    return jnp.min(jnp.where(jnp.arange(margins.shape[0]) == label, jnp.inf, margins))
+    return -highest(jnp.where(jnp.arange(margins.shape[0]) == label, -jnp.inf, -margins))
 
 
 def pairs(head: Dense, features: Array, label: Array) -> tuple[Array, Array]:

@@ -121,6 +121,11 @@ def check_pixels(x: Array) -> None:
         raise TypeError(f"x has type {jnp.result_type(x)}; expected floating-point pixels in [0, 1], float32 or wider")
 
 
+def highest(array: Array, axis: int | None = None) -> Array:
+    """The maximum, NaN where there is one. XLA's CPU backend loses NaN in the maximum of some thousand numbers."""
+    return jnp.where(jnp.any(jnp.isnan(array), axis=axis), jnp.nan, jnp.max(array, axis=axis))
+
+
 def all_finite(*arrays: Array | None) -> Array:
     """Boolean scalar: no entry of the arrays that are present is NaN or infinite."""
     finite = jnp.asarray(True)

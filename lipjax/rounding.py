@@ -18,7 +18,7 @@ from jax import Array
 
 from lipjax.layers import Affine, Dense
 from lipjax.networks import Network
-from lipjax.regions import Region
+from lipjax.regions import Region, highest
 from lipjax.spectral import length
 
 UNIT64, UNIT32 = 2.0**-53, 2.0**-24
@@ -139,7 +139,7 @@ def without_overflow(region: Region, largest: Array) -> Region:
         region: what is computed.
         largest: bounds of all exact partial sums, as of :func:`magnitude`; those of float32 are at most twice as large.
     """
-    fits = jnp.max(largest) < LARGEST32  # false for NaN
+    fits = jnp.all(largest < LARGEST32)  # false for NaN
     return dataclasses.replace(region, finite=region.finite & fits)
 
 
@@ -182,6 +182,6 @@ def logit_errors(head: Dense, features: Region) -> Array:
 def absolute_norm(layer: Affine) -> Array:
     """Upper bound of || |W| ||, by the Schur test: sqrt(largest row sum * largest column sum)."""
     positive = dataclasses.replace(layer, kernel=jnp.abs(layer.kernel))
-    rows = jnp.max(positive.linear(jnp.ones(layer.in_shape, layer.kernel.dtype)))
-    columns = jnp.max(positive.adjoint()(jnp.ones(layer.out_shape, layer.kernel.dtype)))
+    rows = highest(positive.linear(jnp.ones(layer.in_shape, layer.kernel.dtype)))
+    columns = highest(positive.adjoint()(jnp.ones(layer.out_shape, layer.kernel.dtype)))
     return jnp.sqrt(rows * columns) * (1 + 1e-9)

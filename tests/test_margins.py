@@ -239,3 +239,13 @@ def test_a_region_without_what_the_margins_need_is_refused():
         lipjax.box_and_ball(head, region.without_box(), 0)
     with pytest.raises(ValueError, match="has no ball"):
         lipjax.pairwise_lipschitz(head, region.without_ball(), 0)
+
+
+@pytest.mark.parametrize("batch", [4, 1000])  # XLA's CPU backend loses NaN in the maximum of thousands of numbers
+def test_nan_among_many_margins_shows_in_the_worst_and_in_the_loss(batch):
+    margins = jnp.ones((batch, 10)).at[::2, 3].set(jnp.nan)
+    label = jnp.zeros(batch, jnp.int32)
+    worst = jax.jit(jax.vmap(lipjax.worst_margin))(margins, label)
+    assert np.array_equal(np.isnan(worst), np.arange(batch) % 2 == 0)
+    loss = jax.jit(jax.vmap(lipjax.gloro))(jnp.ones((batch, 10)), -margins, label)
+    assert np.array_equal(np.isnan(loss), np.arange(batch) % 2 == 0)

@@ -510,3 +510,13 @@ def test_a_flax_model_of_ones_own_is_certified_with_64_bits_off_and_on(x64):
     right = np.asarray(certificate.prediction) == np.arange(4)
     assert np.all((np.asarray(scope["radius"]) > 0) <= right)
     assert np.all(np.asarray(certificate.certified) == (np.asarray(scope["radius"]) >= 0.1))
+
+
+@pytest.mark.parametrize("level", ["probabilistic", "deterministic", "estimate"])
+def test_nan_in_a_large_batch_is_not_certified(level):
+    kernel, bias = jnp.eye(4, 10), jnp.zeros(10).at[3].set(jnp.nan)
+    network = lipjax.Network((), lipjax.dense(kernel, bias, (4,)))
+    x = jnp.ones((1000, 4)).at[:, 0].set(100.0)
+    found = lipjax.certify(network, x, jnp.zeros(1000, jnp.int32), 0.0, level=level, key=jax.random.key(0))
+    assert not np.any(found.certified)
+    assert not np.any(np.asarray(found.worst_margin) > 0)

@@ -22,8 +22,8 @@ class Certificate:
     Attributes:
         prediction: class of the largest logit (B,).
         worst_margin: least logits[label] - logits[rival] over the rivals and over the eps-ball (B,).
-        lipschitz: Lipschitz constant of the feature map on the eps-ball (B,), the smallest that was computed: the global
-            one where that was enough.
+        lipschitz: Lipschitz constant of the feature map on the eps-ball (B,), the smallest that was computed: the
+            global one where that was enough.
         certified: the prediction is the label, and no perturbation below eps changes it (B,).
         level: what the norms behind it are worth: with ``"estimate"`` it is no proof.
         domain: which inputs it is about: ``"ball"``, the whole l2 ball, or ``"pixels"``, what of it lies in [0, 1].

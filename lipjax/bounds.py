@@ -108,7 +108,7 @@ def propagate(network: Network, region: Region, norm: Norm, row_norms: RowNorms 
         estimated from below (power iteration) all of it is an estimate.
 
     Raises:
-        TypeError: the network is none.
+        TypeError: network is no :class:`lipjax.Network`.
 
     Reference:
         [H21] sections 3.1 and 3.2.
@@ -286,7 +286,7 @@ class Given:
 
 
 def check_batch(network: Network, x: Array) -> None:
-    """Raises TypeError or ValueError unless x is a batch of inputs of the network, which is one."""
+    """Raises TypeError or ValueError unless this is a network, and x a batch of its inputs."""
     check_network(network)
     if not hasattr(x, "dtype"):
         expected = ", ".join(map(str, ("B", *network.input_shape)))

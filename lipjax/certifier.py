@@ -73,7 +73,7 @@ class Certifier:
         domain: which inputs are certified: ``"ball"``, or ``"pixels"``, what of it lies in [0, 1].
 
     Raises:
-        TypeError: the network is none.
+        TypeError: network is no :class:`lipjax.Network`.
         ValueError: an option that cannot be used, named with its value.
     """
 

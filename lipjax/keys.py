@@ -18,7 +18,8 @@ def check_key(key: Any, *shapes: tuple[int, ...]) -> None:
         what = "key holds the numbers of a key, as jax.random.PRNGKey gives them"
     else:
         what = f"key={key!r} is of type {type(key).__name__}"
-    raise ValueError(f"{what}; expected a single key, such as jax.random.key(seed)")
+    or_many = f", or keys of shape {' or '.join(map(str, shapes))}" if shapes else ""
+    raise ValueError(f"{what}; expected a single key, such as jax.random.key(seed){or_many}")
 
 
 def check_start_key(key: Any) -> None:

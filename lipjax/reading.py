@@ -56,11 +56,11 @@ def from_flax(
         variables, input_shape = None, variables
     if input_shape is None:
         raise TypeError("input_shape is missing: give the shape of one input, such as input_shape=(28, 28, 1)")
-    # Exact types: a subclass may compute something else.
     parameters = nnx.state(model) if isinstance(model, nnx.Module) else variables
     if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(parameters)):
         raise TypeError("the model has shapes in place of parameters, as eval_shape gives them; initialise it first")
     assembly = Assembly(tuple(input_shape))
+    # Exact types: a subclass may compute something else.
     if type(model) is nnx.Sequential:
         _read_all(model.layers, [None] * len(model.layers), assembly, "")
         forward = model

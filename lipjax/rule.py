@@ -53,8 +53,8 @@ class Rule:
     def margins(self, network: Network, bounds: Bounds, label: Array, rivals: Array) -> Array:
         """Dual margins against some rivals (R,), for one example.
 
-        Differentiable in the rule and in the network, except that the boxes carry no gradient: it would take 40 % of a
-        step on a convolutional network, and certifies no more (``results/dual``).
+        Differentiable in the rule and in the network, except that the boxes carry no gradient: it would make steps
+        longer, and certifies no more (``results/dual``).
 
         Soundness:
             Lower bounds, if the bounds are; up to rounding.

@@ -275,6 +275,11 @@ CASES = [
     case("a seed", lambda _: certify(key=3), "key=3 is of type int", ONE_KEY),
     case("an old key", lambda _: radius(key=jax.random.PRNGKey(0)), "as jax.random.PRNGKey gives them", ONE_KEY),
     case("a seed for an attack", lambda _: lipjax.attack(NETWORK, X, LABEL, 0.1, 3), "key=3 is of type int", ONE_KEY),
+    case(
+        "keys of another batch",
+        lambda _: lipjax.attack(NETWORK, X, LABEL, 0.1, jax.random.split(KEY, 2)),
+        *("key has shape (2,)", ONE_KEY, "or keys of shape (3,)"),
+    ),
     case("an old key for PGD", lambda _: lipjax.pgd(NETWORK, X, LABEL, 0.1, jax.random.PRNGKey(0)), "PRNGKey", ONE_KEY),
     # models
     case(

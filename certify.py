@@ -8,7 +8,7 @@ Examples:
 
 import pathlib
 
-from lipjax import commands
+from lipjax.experiments import commands
 
 if __name__ == "__main__":
     commands.run(commands.certify, __doc__, pathlib.Path(__file__).name)

@@ -11,7 +11,8 @@ Examples:
 
 import pathlib
 
-from lipjax import commands
+from lipjax.experiments import commands
+from reproduction.command import paper
 
 if __name__ == "__main__":
-    commands.run(commands.paper, __doc__, pathlib.Path(__file__).name)
+    commands.run(paper, __doc__, pathlib.Path(__file__).name)

@@ -9,7 +9,7 @@ Examples:
 
 import pathlib
 
-from lipjax import commands
+from lipjax.experiments import commands
 
 if __name__ == "__main__":
     commands.run(commands.train, __doc__, pathlib.Path(__file__).name)

@@ -18,8 +18,12 @@ import optax
 from flax import nnx
 from jax import lax
 
-from lipjax import ascent, bounds, layers, losses, margins, methods, models, reading, spectral, training
-from lipjax.regions import l2_ball
+from lipjax.bounds import ascent, margins, propagation
+from lipjax.experiments import architectures
+from lipjax.networks import layers, linear_maps
+from lipjax.networks.regions import l2_ball
+from lipjax.reading import flax
+from lipjax.training import losses, methods, training_step
 
 EPS, EXAMPLES = 1.58, 512
 
@@ -46,34 +50,36 @@ def step_parts(architecture: str, shape: tuple, batch_size: int, num_iters: int,
 
     The parts are nested: each function does what the one before it does and one thing more.
     """
-    model = models.classifier(architecture, "clipped_relu", shape, 10, rngs=nnx.Rngs(0))
+    model = architectures.classifier(architecture, "clipped_relu", shape, 10, rngs=nnx.Rngs(0))
     graphdef, params = nnx.split(model, nnx.Param)
-    network = reading.from_flax(model, shape)
+    network = flax.from_flax(model, shape)
     method = _method(num_iters, methods.forward(margins.pairwise_lipschitz))
-    vectors = jax.jit(training.initial_vectors)(method.objective.layers(network), jax.random.key(0))
+    vectors = jax.jit(training_step.initial_vectors)(method.objective.layers(network), jax.random.key(0))
     state, data, batch = _state(method, params, vectors, shape, batch_size)
-    step = training.mapped(training.train_step, method, graphdef)
+    step = training_step.mapped(training_step.train_step, method, graphdef)
     x, labels = jnp.asarray(data.images[0][:batch_size], jnp.float32) / 255, jnp.asarray(data.labels[0][:batch_size])
     stored = tuple(table[0][:batch_size] for table in state.vectors)
 
     def regions(network, norm):
         def one(x, vectors):
-            return bounds.propagate(network, l2_ball(x, EPS), norm(vectors), bounds.full_row_norms).features
+            return propagation.propagate(network, l2_ball(x, EPS), norm(vectors), propagation.full_row_norms).features
 
         return jax.vmap(one)(x, stored)
 
     sigmas = jnp.ones(len(vectors))
     parts: dict[str, Callable] = {
         "forward pass": jax.jit(lambda network: network(x)),
-        "boxes": jax.jit(lambda network: regions(network, lambda _: bounds.Given(sigmas))),
+        "boxes": jax.jit(lambda network: regions(network, lambda _: propagation.Given(sigmas))),
         "power iteration": jax.jit(
-            lambda network: regions(network, lambda own: bounds.WarmStarted(own, vectors, jax.random.key(0), num_iters))
+            lambda network: regions(
+                network, lambda own: propagation.WarmStarted(own, vectors, jax.random.key(0), num_iters)
+            )
         ),
         "clean gradient": jax.jit(jax.grad(lambda network: jnp.mean(losses.cross_entropy(network(x), labels)))),
     }
 
     def unrecorded(method, graphdef, *given):
-        state, metrics = training.train_step(method, graphdef, *given)
+        state, metrics = training_step.train_step(method, graphdef, *given)
         return state, {"loss": metrics["loss"]}  # what only the other metrics need is not computed
 
     def stepping(step):
@@ -81,7 +87,7 @@ def step_parts(architecture: str, shape: tuple, batch_size: int, num_iters: int,
         return lambda _: one_step()
 
     parts["training step"] = stepping(step)
-    parts["unrecorded step"] = stepping(training.mapped(unrecorded, method, graphdef))
+    parts["unrecorded step"] = stepping(training_step.mapped(unrecorded, method, graphdef))
     times = _timed({name: (lambda f=f: f(network)) for name, f in parts.items()}, rounds)
     unit = times["forward pass"]
     print(f"{architecture}, batch {batch_size}, {num_iters} iterations; a forward pass takes {1e3 * unit:.0f} ms")
@@ -105,18 +111,20 @@ def step_parts(architecture: str, shape: tuple, batch_size: int, num_iters: int,
 
 def dual_step(architecture: str, shape: tuple, batch_size: int, num_iters: int, rounds: int, target: float) -> None:
     """A training step through the dual against one rival, in steps through the Lipschitz margin."""
-    model = models.classifier(architecture, "clipped_relu", shape, 10, rngs=nnx.Rngs(0))
+    model = architectures.classifier(architecture, "clipped_relu", shape, 10, rngs=nnx.Rngs(0))
     graphdef, params = nnx.split(model, nnx.Param)
-    network = reading.from_flax(model, shape)
+    network = flax.from_flax(model, shape)
     margins_of = {"local_gloro": methods.forward(margins.pairwise_lipschitz), "local_dual": methods.DualMargins(1)}
     functions = {}
     for name, margin in margins_of.items():
         method = _method(num_iters, margin)
         layers = method.objective.layers(network)
-        vectors = jax.jit(training.initial_vectors)(layers, jax.random.key(0))
+        vectors = jax.jit(training_step.initial_vectors)(layers, jax.random.key(0))
         rule = method.objective.rule(network)
         state, data, batch = _state(method, params, vectors, shape, batch_size, rule)
-        functions[name] = _stepping(training.mapped(training.train_step, method, graphdef), state, data, batch)
+        functions[name] = _stepping(
+            training_step.mapped(training_step.train_step, method, graphdef), state, data, batch
+        )
     times = _timed(functions, rounds)
     ratio = times["local_dual"] / times["local_gloro"]
     print(f"{architecture}: a step of local_dual with one rival takes {ratio:.2f} of local_gloro (target {target:g})")
@@ -124,14 +132,14 @@ def dual_step(architecture: str, shape: tuple, batch_size: int, num_iters: int, 
 
 def ascent_step(architecture: str, shape: tuple, pairs: int, rounds: int, target: float) -> None:
     """A step of the dual's ascent for each pair of example and rival, in forward passes of one example."""
-    model = models.classifier(architecture, "clipped_relu", shape, 10, rngs=nnx.Rngs(0))
-    network = reading.from_flax(model, shape)
+    model = architectures.classifier(architecture, "clipped_relu", shape, 10, rngs=nnx.Rngs(0))
+    network = flax.from_flax(model, shape)
     x = jax.random.uniform(jax.random.key(0), (pairs, *shape))
     label, rivals = jnp.zeros(pairs, jnp.int32), jnp.ones((pairs, 1), jnp.int32)
-    sigmas, _ = jax.jit(lambda network: bounds.global_norms(network, bounds.RandomStarted(jax.random.key(0), 20)))(
-        network
-    )
-    found = jax.jit(jax.vmap(lambda x: bounds.propagate(network, l2_ball(x, EPS), bounds.Given(sigmas))))(x)
+    sigmas, _ = jax.jit(
+        lambda network: propagation.global_norms(network, propagation.RandomStarted(jax.random.key(0), 20))
+    )(network)
+    found = jax.jit(jax.vmap(lambda x: propagation.propagate(network, l2_ball(x, EPS), propagation.Given(sigmas))))(x)
     climbs = {
         steps: jax.jit(lambda found, steps=steps: ascent.ascend(network, found, label, rivals=rivals, num_steps=steps))
         for steps in (5, 25)
@@ -153,10 +161,10 @@ def loop_against_no_loop(rounds: int) -> None:
 
         def products(kernel, x, loop, shape=shape, stride=stride):
             layer = layers.convolution(kernel, jnp.zeros(kernel.shape[3]), shape, (stride,) * 2, ((1, 1), (1, 1)))
-            linear_map = bounds.linear_map(layer)
+            linear_map = layer.linear_map()
 
             def iterate(_, u):
-                return spectral.unit(linear_map.rmatvec(linear_map.matvec(u)))
+                return linear_maps.unit(linear_map.rmatvec(linear_map.matvec(u)))
 
             def one(u):
                 if loop:
@@ -172,7 +180,9 @@ def loop_against_no_loop(rounds: int) -> None:
         print(f"convolution {name}: inside a loop {times[True] / times[False]:.2f} of outside (target: at most 1.5)")
 
 
-def _stepping(step: Callable, state: training.TrainState, data: training.Images, batch: training.Batch) -> Callable:
+def _stepping(
+    step: Callable, state: training_step.TrainState, data: training_step.Images, batch: training_step.Batch
+) -> Callable:
     """A function that makes one step after the other; the state is donated."""
     held = [state]
 
@@ -192,7 +202,7 @@ def _method(num_iters: int, margin: methods.Margins) -> methods.Method:
         eps=optax.constant_schedule(EPS),
         kappa=optax.constant_schedule(0.5),
         learning_rate=rate,
-        optimizer=training.adam(rate),
+        optimizer=training_step.adam(rate),
     )
 
 
@@ -202,15 +212,15 @@ def _state(method, params, vectors, shape, batch_size, rule=None):
     key = jax.random.key_data(jax.random.key(1))
     of_rule = None if rule is None else method.optimizer.init(rule)
     of_params = method.optimizer.init(params)
-    state = training.TrainState(jnp.int32(0), params, of_params, key, vectors, tables, (), rule, of_rule)
+    state = training_step.TrainState(jnp.int32(0), params, of_params, key, vectors, tables, (), rule, of_rule)
     devices = jax.local_device_count()
-    state = training.placed(jax.tree.map(lambda a: jnp.broadcast_to(a[None], (devices, *a.shape)), state))
+    state = training_step.placed(jax.tree.map(lambda a: jnp.broadcast_to(a[None], (devices, *a.shape)), state))
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (1, EXAMPLES, *shape), dtype=np.uint8).repeat(devices, 0)
     labels = rng.integers(0, 10, (1, EXAMPLES)).astype(np.int32).repeat(devices, 0)
-    data = training.placed(training.Images(images, labels, 255))
+    data = training_step.placed(training_step.Images(images, labels, 255))
     index = np.broadcast_to(np.arange(batch_size, dtype=np.int32), (devices, batch_size))
-    return state, data, training.Batch(index, np.ones((devices, batch_size), np.float32))
+    return state, data, training_step.Batch(index, np.ones((devices, batch_size), np.float32))
 
 
 def _timed(functions: dict, rounds: int, summary: Callable = statistics.median) -> dict:

@@ -28,7 +28,9 @@ from flax import nnx
 from jax import Array, lax
 
 import lipjax
-from lipjax import data, models, training
+from lipjax.experiments import architectures, data
+from lipjax.reading import modules
+from lipjax.training import training_step
 
 ACTIVATIONS = ("relu", "clipped_relu")
 SHAPE, CLASSES = (8, 8, 1), 10
@@ -93,7 +95,7 @@ def train(activation: str, seed: int) -> lipjax.Network:
     dataset = data.load("digits", "train")
     model = small_cnn(activation, seed)
     graphdef, params = nnx.split(model, nnx.Param)
-    optimizer, key = training.adam(optax.constant_schedule(2e-3)), jax.random.key(seed)
+    optimizer, key = training_step.adam(optax.constant_schedule(2e-3)), jax.random.key(seed)
 
     def objective(params: Any, vectors: tuple, x: Array, label: Array, eps: Array) -> tuple[Array, tuple]:
         network = lipjax.from_flax(nnx.merge(graphdef, params), SHAPE)
@@ -115,7 +117,7 @@ def train(activation: str, seed: int) -> lipjax.Network:
         return optax.apply_updates(params, updates), state, vectors
 
     layers = tuple(block.affine for block in lipjax.from_flax(model, SHAPE).blocks)
-    like = jax.eval_shape(training.initial_vectors, layers, key)
+    like = jax.eval_shape(training_step.initial_vectors, layers, key)
     vectors = tuple(jnp.zeros(vector.shape) for vector in like)  # the first step starts from its noise
     state, rng = optimizer.init(params), np.random.default_rng(seed)
     for epoch in range(EPOCHS):
@@ -135,13 +137,13 @@ def small_cnn(activation: str, seed: int) -> nnx.Sequential:
         return jnp.asarray(rng.standard_normal(shape) * math.sqrt(2 / math.prod(shape[:-1])), dtype)
 
     def active(*shape: int) -> Any:
-        return models.ClippedReLU(shape) if activation == "clipped_relu" else nnx.relu
+        return modules.ClippedReLU(shape) if activation == "clipped_relu" else nnx.relu
 
     options = {"kernel_init": normal, "rngs": nnx.Rngs(seed)}
     return nnx.Sequential(
         *(nnx.Conv(1, 8, (3, 3), padding=1, **options), active(8, 8, 8)),
         *(nnx.Conv(8, 16, (4, 4), strides=2, padding=1, **options), active(4, 4, 16)),
-        models.flatten,
+        architectures.flatten,
         *(nnx.Linear(256, 48, **options), active(48)),
         nnx.Linear(48, CLASSES, **options),
     )

@@ -9,10 +9,10 @@ from __future__ import annotations
 import argparse
 import pathlib
 
-from lipjax import recipe, settings
-from lipjax.data import load
-from lipjax.evaluation import evaluate
-from lipjax.reading import from_flax
+from lipjax.experiments import recipe, settings
+from lipjax.experiments.data import load
+from lipjax.experiments.evaluation import evaluate
+from lipjax.reading.flax import from_flax
 
 COMPARED = ("estimate", "probabilistic")
 

@@ -23,7 +23,10 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from lipjax import bounds, data, methods, reading, runs, settings, training
+from lipjax.bounds import propagation
+from lipjax.experiments import data, runs, settings
+from lipjax.reading import flax
+from lipjax.training import methods, training_step
 
 CONFIG = pathlib.Path(__file__).parents[1] / "configs" / "cifar10_4c3f.py"
 PADDING, MEASURED = 4, 64
@@ -132,7 +135,7 @@ def _ratios_and_live(config: settings.Config, folder: pathlib.Path, moves: bool)
     objective = run.method.objective
     assert isinstance(objective, methods.Bounded)
     method = dataclasses.replace(run.method, objective=InFrames(objective, moves))
-    run.train_step = training.mapped(training.train_step, method, run.graphdef)
+    run.train_step = training_step.mapped(training_step.train_step, method, run.graphdef)
     state = run.spread(run.initial_state())
     for epoch in range(config.schedule.epochs):
         state, _ = run.epoch(state, epoch)
@@ -142,9 +145,9 @@ def _ratios_and_live(config: settings.Config, folder: pathlib.Path, moves: bool)
     stored = tuple(jnp.asarray(table[:MEASURED]) for table in state.vectors)
     if moves:
         stored = tuple(into_frame(vectors, frame, x.shape[1]) for vectors in stored)
-    network = reading.from_flax(nnx.merge(run.graphdef, state.params), x.shape[1:])
+    network = flax.from_flax(nnx.merge(run.graphdef, state.params), x.shape[1:])
     key = jax.random.key(8)
-    exact = bounds.Estimate(key, tol=1e-4)
+    exact = propagation.Estimate(key, tol=1e-4)
 
     @jax.jit
     def measured(network, x, stored):

@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from lipjax.certification import certify
-from lipjax.reports import read_rows
-from lipjax.stages import BOUNDING
+from lipjax.certification.stages import BOUNDING
+from lipjax.experiments.certifying import certify
+from lipjax.experiments.reports import read_rows
 
 STYLES = (":", "--", "-")  # of the curves of the stages
 SCORE = "validation_certified_accuracy"

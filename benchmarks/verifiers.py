@@ -24,11 +24,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lipjax.activations import ReLU
-from lipjax.assembly import Assembly
-from lipjax.data import Dataset
-from lipjax.evaluation import evaluate
-from lipjax.networks import Network
+from lipjax.experiments.data import Dataset
+from lipjax.experiments.evaluation import evaluate
+from lipjax.networks.activations import ReLU
+from lipjax.networks.graph import Network
+from lipjax.reading.assembly import Assembly
 
 MEAN, DEVIATION = np.array([125.3, 123.0, 113.9]) / 255, 0.225  # of the CIFAR-10 inputs
 BATCH, DUAL_STEPS = 100, 150

@@ -6,10 +6,10 @@ example. The scripts ``train.py`` and ``certify.py`` are built from them.
 
 from importlib.metadata import version as _version
 
-from lipjax.activations import ClippedMaxMin, ClippedReLU, Identity, MaxMin, ReLU
-from lipjax.ascent import ascend
-from lipjax.attacks import attack, pgd
-from lipjax.bounds import (
+from lipjax.bounds.ascent import ascend
+from lipjax.bounds.dual import Multipliers, dual_margins
+from lipjax.bounds.margins import box_and_ball, lipschitz_margin, pairwise_lipschitz, worst_logits, worst_margin
+from lipjax.bounds.propagation import (
     Bounds,
     Estimate,
     Given,
@@ -20,21 +20,28 @@ from lipjax.bounds import (
     masked_row_norms,
     propagate,
 )
-from lipjax.certificates import Certificate
-from lipjax.certifier import Certifier
-from lipjax.dual import Multipliers, dual_margins
-from lipjax.layers import Conv, Dense, Scale, convolution, dense
-from lipjax.losses import cross_entropy, gloro, mixed, sparsity, trades
-from lipjax.margins import box_and_ball, lipschitz_margin, pairwise_lipschitz, worst_logits, worst_margin
-from lipjax.models import Residual
-from lipjax.networks import Block, Fork, Join, Network
-from lipjax.pooling import MaxPool
-from lipjax.reading import from_flax
-from lipjax.records import load_certificates
-from lipjax.regions import Region, l2_ball
-from lipjax.robustness import certified_radius, certify, global_lipschitz, local_lipschitz
-from lipjax.rule import Rule
-from lipjax.spectral import LinearMap, converged_norm, power_iteration
+from lipjax.bounds.rule import Rule
+from lipjax.certification.attacks import attack, pgd
+from lipjax.certification.certificates import Certificate
+from lipjax.certification.certifier import Certifier
+from lipjax.certification.records import load_certificates
+from lipjax.certification.robustness import certified_radius, certify, global_lipschitz, local_lipschitz
+from lipjax.networks.activations import ClippedMaxMin, ClippedReLU, Identity, MaxMin, ReLU
+from lipjax.networks.graph import Block, Fork, Join, Network
+from lipjax.networks.layers import Conv, Dense, Scale, convolution, dense
+from lipjax.networks.linear_maps import LinearMap
+from lipjax.networks.pooling import MaxPool
+from lipjax.networks.regions import (
+    Region,
+    l2_ball,
+)
+from lipjax.norms.spectral import (
+    converged_norm,
+    power_iteration,
+)
+from lipjax.reading.flax import from_flax
+from lipjax.reading.modules import Residual
+from lipjax.training.losses import cross_entropy, gloro, mixed, sparsity, trades
 
 __version__ = _version("lipjax")
 

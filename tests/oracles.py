@@ -6,7 +6,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lipjax import Block, ClippedMaxMin, ClippedReLU, Conv, Dense, Network, ReLU, convolution, dense
+from lipjax import (
+    Block,
+    ClippedMaxMin,
+    ClippedReLU,
+    Conv,
+    Dense,
+    Network,
+    ReLU,
+    convolution,
+    dense,
+)
 
 # For functions that a test calls a few times: code that is not optimised is made in half the time.
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})

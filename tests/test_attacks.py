@@ -9,7 +9,7 @@ import oracles
 import pytest
 
 from lipjax import cross_entropy
-from lipjax.attacks import attack, attack_round, attack_rounds, pgd
+from lipjax.certification.attacks import attack, attack_round, attack_rounds, pgd
 
 LABELS = jnp.array([0, 1, 2, 0, 1, 2])
 DOMAINS = ("ball", "pixels")

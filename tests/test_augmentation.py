@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lipjax import augmentation
+from lipjax.training import augmentation
 
 PADDING, SHAPE = 2, (6, 7, 2)
 

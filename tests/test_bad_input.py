@@ -15,7 +15,8 @@ from oracles import random_inputs
 from oracles import random_network as network
 
 import lipjax
-from lipjax import certification, data, records
+from lipjax.certification import records
+from lipjax.experiments import certifying, data
 
 ROOT = pathlib.Path(__file__).parents[1]
 KEY = jax.random.key(0)
@@ -72,7 +73,7 @@ def read_run(folder, damage):
     run = folder / "run"
     shutil.copytree(ROOT / "results" / "digits", run)
     damage(run)
-    return certification.certify(run, limit=1, output=folder / "output", level="estimate")
+    return certifying.certify(run, limit=1, output=folder / "output", level="estimate")
 
 
 def truncate_checkpoint(run):

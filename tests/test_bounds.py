@@ -12,9 +12,20 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import lipjax
-from lipjax import Block, ClippedReLU, Estimate, Given, Network, WarmStarted, certify, dense, l2_ball, propagate
-from lipjax.certificates import certificate
-from lipjax.margins import box_and_ball, pairwise_lipschitz
+from lipjax import (
+    Block,
+    ClippedReLU,
+    Estimate,
+    Given,
+    Network,
+    WarmStarted,
+    certify,
+    dense,
+    l2_ball,
+    propagate,
+)
+from lipjax.bounds.margins import box_and_ball, pairwise_lipschitz
+from lipjax.certification.certificates import certificate
 
 TIGHT = Estimate(jax.random.key(3), tol=1e-5, max_iters=3000)
 

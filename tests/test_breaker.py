@@ -12,7 +12,7 @@ import pytest
 
 import lipjax
 from benchmarks import breaker
-from lipjax import data, recipe, settings
+from lipjax.experiments import data, recipe, settings
 
 SHIPPED = pathlib.Path(__file__).parents[1] / "results" / "digits"
 POINTS = 100_000

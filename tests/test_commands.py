@@ -8,8 +8,8 @@ import sys
 
 import pytest
 
-from lipjax import settings
 from lipjax.errors import InputError
+from lipjax.experiments import settings
 
 ROOT = pathlib.Path(__file__).parents[1]
 DIGITS = f"--config={ROOT / 'configs' / 'digits.py'}"

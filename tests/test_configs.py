@@ -14,8 +14,9 @@ import oracles
 import pytest
 
 from configs import common
-from lipjax import certification, data, models, recipe, reports, runs, settings, training
 from lipjax.errors import InputError
+from lipjax.experiments import architectures, certifying, data, recipe, reports, runs, settings
+from lipjax.training import training_step
 
 FOLDER = pathlib.Path(__file__).parents[1] / "configs"
 CONFIGS = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem not in ("common", "__init__"))
@@ -56,7 +57,7 @@ class StoppedError(Exception):
 
 def check(name, method, folder, monkeypatch, *, interrupted):
     config = shrunk(name, method)
-    for module in (data, certification):
+    for module in (data, certifying):
         monkeypatch.setattr(module, "load", lambda name, split, *_: dataset_of(name, 1 if split == "train" else 2))
 
     def stop(row):
@@ -72,7 +73,7 @@ def check(name, method, folder, monkeypatch, *, interrupted):
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [row["epoch"] for row in rows] == list(range(1, EPOCHS + 1))
     assert rows[-1]["loss"] < rows[0]["loss"]
-    summary = certification.certify(folder, limit=8, batch_size=8, level="estimate")
+    summary = certifying.certify(folder, limit=8, batch_size=8, level="estimate")
     assert summary["method"] == method
     assert 0 <= summary["certified_accuracy"] <= summary["pgd_accuracy"] <= summary["clean_accuracy"] <= 1
 
@@ -94,7 +95,7 @@ def test_a_config_with_sparsity_can_take_a_step_with_every_method(method):
     config = settings.parse([f"--config={FOLDER / 'tiny_imagenet_8c2f.py'}:{method}"])
     assert config.sparsity.weight == (0.01 if method.startswith("local") else 0)
     objective, mlp = recipe.objective_of(config), oracles.network_of((8,), [6, 6], "clipped", seed=0)
-    vectors = jax.eval_shape(training.initial_vectors, objective.layers(mlp), jax.random.key(0))
+    vectors = jax.eval_shape(training_step.initial_vectors, objective.layers(mlp), jax.random.key(0))
     kept = tuple(
         jax.ShapeDtypeStruct((2, *vectors[place].shape), vectors[place].dtype) for place in objective.kept(mlp)
     )
@@ -115,7 +116,7 @@ def test_a_config_says_how_to_run_it_and_what_to_expect(name):
     for word in ("Command:", f"python train.py --config configs/{name}.py", "Hardware:", "Expected:"):
         assert word in text
     config = settings.parse([f"--config={FOLDER / name}.py"])
-    hidden = len(models.ARCHITECTURES[config.model.architecture])
+    hidden = len(architectures.ARCHITECTURES[config.model.architecture])
     assert len(config.model.upper_clip) == len(config.model.lower_clip)
     assert len(config.model.upper_clip) in (1, hidden)
 

@@ -9,8 +9,8 @@ import oracles
 import pytest
 from jax import lax
 
-from lipjax import convolutions
-from lipjax.convolutions import conv_transpose, transpose_kernel
+from lipjax.networks import convolutions
+from lipjax.networks.convolutions import conv_transpose, transpose_kernel
 
 conv = jax.jit(convolutions.conv, static_argnums=(2, 3))
 

@@ -8,8 +8,8 @@ import sys
 import numpy as np
 import pytest
 
-from lipjax import data
 from lipjax.errors import InputError
+from lipjax.experiments import data
 
 PREPARED = pathlib.Path(os.environ.get("TFDS_DATA_DIR") or pathlib.Path(__file__).parents[2] / "shared" / "tfds")
 needs_mnist = pytest.mark.skipif(
@@ -101,7 +101,7 @@ def test_broken_cache_is_not_used(tmp_path, monkeypatch, capsys):
 
 READ_SCRIPT = """
 import sys
-from lipjax import data
+from lipjax.experiments import data
 train = data.load("mnist", "test", sys.argv[1], sys.argv[2])
 assert train.images.shape == (10000, 28, 28, 1), train.images.shape
 assert train.labels[:5].tolist() == [2, 0, 4, 8, 7] or sorted(set(train.labels.tolist())) == list(range(10))

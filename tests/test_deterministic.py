@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lipjax import convolution, dense, deterministic, norms
+from lipjax import convolution, dense
+from lipjax.norms import deterministic, levels
 
 CONVOLUTIONS = [
     ((3, 3, 2, 4), (1, 1), ((1, 1), (1, 1)), (7, 7, 2)),
@@ -44,7 +45,7 @@ def test_bounds_are_never_below_the_norm_of_their_own_masked_matrix(case, small,
     with jax.enable_x64(True):
         layer = random_layer(case, seed)
         rows, columns, exact = masked_norms(layer, seed)
-        found = norms.Deterministic(small)(0, layer, rows, columns, None, np.inf).sigma
+        found = levels.Deterministic(small)(0, layer, rows, columns, None, np.inf).sigma
     assert np.all(found >= exact)
     assert found[0] <= 1e-6
     if small:
@@ -72,4 +73,4 @@ def test_weights_that_are_not_finite_have_an_infinite_bound(bad, small):
     with jax.enable_x64(True):
         layer = convolution(np.full((3, 3, 1, 1), bad), jnp.zeros(1), (4, 4, 1), (1, 1), ((1, 1), (1, 1)))
         masks = jnp.ones((2, 4, 4, 1), bool)
-        assert np.isinf(norms.Deterministic(small)(0, layer, masks, masks, None, np.inf).sigma).all()
+        assert np.isinf(levels.Deterministic(small)(0, layer, masks, masks, None, np.inf).sigma).all()

@@ -13,7 +13,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lipjax
-from lipjax import Block, Fork, Join, Multipliers, Network, ReLU, ascent, dense, dual
+from lipjax import (
+    Block,
+    Fork,
+    Join,
+    Multipliers,
+    Network,
+    ReLU,
+    dense,
+)
+from lipjax.bounds import ascent, dual
 
 KINDS = (*oracles.KINDS, "residual")
 SEEDS = st.integers(0, 10**6)

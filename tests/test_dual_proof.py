@@ -11,8 +11,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lipjax
-from lipjax import Block, Certifier, Fork, Identity, Join, Multipliers, Network, ReLU, dense, dual, enclosures, rounding
-from lipjax.pairs import Ascent, proven_margin
+from lipjax import (
+    Block,
+    Certifier,
+    Fork,
+    Identity,
+    Join,
+    Multipliers,
+    Network,
+    ReLU,
+    dense,
+    floating_point,
+)
+from lipjax.bounds import dual, enclosures, rounding
+from lipjax.certification.pairs import Ascent, proven_margin
 
 KEY = jax.random.key(0)
 SEEDS = st.integers(0, 10**6)
@@ -202,11 +214,11 @@ def evaluation(network, enclosure, label, rival, multipliers):
     region, layers = enclosure.bounds.input, []
     for block, before in zip(network.blocks, enclosure.bounds.preactivations, strict=True):
         entering = region.reshape(block.affine.in_shape)
-        layers.append(rounding.adjoint_errors(wide(block.affine), entering, rounding.UNIT32))
+        layers.append(rounding.adjoint_errors(wide(block.affine), entering, floating_point.UNIT32))
         lower, upper = (block.activation(bound) for bound in before.box)
         region = dataclasses.replace(before, lower=lower, upper=upper, center=block.activation(before.center))
     bounds, trace = enclosure.bounds, wide(trace)
-    errors = dual.errors(wide(network), bounds, trace, tuple(layers), (), jnp.zeros(()), rounding.UNIT32)
+    errors = dual.errors(wide(network), bounds, trace, tuple(layers), (), jnp.zeros(()), floating_point.UNIT32)
     return float(computed) - float(truth), dataclasses.asdict(Named(*map(float, errors)))
 
 
@@ -284,7 +296,7 @@ def test_a_value_at_a_rounded_minimiser_is_above_the_minimum_by_no_more_than_its
             z = z.astype(jnp.float64)
             attained = jnp.sum(c * jnp.maximum(z, 0) + float(weight) / 2 * (z - center) ** 2)
             largest = jnp.maximum(jnp.abs(lower), jnp.abs(upper))
-            allowed = 256 * rounding.UNIT32**2 * float(weight) * jnp.sum(largest**2)
+            allowed = 256 * floating_point.UNIT32**2 * float(weight) * jnp.sum(largest**2)
             noise = 1e-15 * float(jnp.sum(jnp.abs(c)))  # of this float64 comparison
             assert float(attained - least) <= float(allowed) + noise
             excess.append(float(attained - least) / noise)

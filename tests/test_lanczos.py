@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lipjax import convolution, dense, lanczos, norms
+from lipjax import convolution, dense
+from lipjax.norms import lanczos, levels
 
 RTOL = 1e-3
 SURE = 1e-10  # a t_delta that no start of a test comes near
@@ -356,7 +357,7 @@ def test_float64_weights_far_from_one_have_true_bounds(scale):
     with jax.enable_x64(True):
         layer = dense(jnp.asarray(scale * np.diag(np.linspace(1, 0, 24))), jnp.zeros(24), (24,))
         masks = (jnp.ones((1, 24), bool),) * 2
-        for level in (norms.Lanczos(1e-6), norms.Deterministic()):
+        for level in (levels.Lanczos(1e-6), levels.Deterministic()):
             found = level(0, layer, *masks, jax.random.split(jax.random.key(0), 1), np.inf)
             assert scale <= found.sigma[0] <= scale * 1.001
 
@@ -413,7 +414,7 @@ def masked(layer, dtype):
 def test_lanczos_bounds_the_norm_of_every_masked_layer_whatever_the_batch(name, batch_size):
     with jax.enable_x64(True):
         *layer, sigma = masked(LAYERS[name], jnp.float64)
-        found = norms.Lanczos(delta=1e-9, rtol=RTOL, batch_size=batch_size)(0, *layer, np.inf)
+        found = levels.Lanczos(delta=1e-9, rtol=RTOL, batch_size=batch_size)(0, *layer, np.inf)
     assert np.all(found.sigma >= sigma)
     assert np.all(found.sigma <= sigma * (1 + RTOL))
     assert np.all(found.gap <= RTOL)
@@ -421,14 +422,14 @@ def test_lanczos_bounds_the_norm_of_every_masked_layer_whatever_the_batch(name, 
 
 
 def test_no_place_is_written_twice_and_what_fills_up_a_batch_lies_outside():
-    found = list(norms.parts(np.array([0, 2, 3, 5, 6]), 2, 7))
+    found = list(levels.parts(np.array([0, 2, 3, 5, 6]), 2, 7))
     assert [part.tolist() for part in found] == [[0, 2], [3, 5], [6, 7]]
 
 
 def test_lanczos_beyond_its_cap_is_loose_and_still_a_bound():
     with jax.enable_x64(True):
         *layer, sigma = masked(LAYERS["strided conv"], jnp.float64)
-        found = norms.Lanczos(delta=1e-9, rtol=1e-9, max_steps=8)(0, *layer, np.inf)
+        found = levels.Lanczos(delta=1e-9, rtol=1e-9, max_steps=8)(0, *layer, np.inf)
     assert np.all(found.sigma >= sigma)
     assert found.gap[0] > 1e-3
     assert found.gap[0] >= found.sigma[0] / sigma[0] - 1
@@ -437,13 +438,13 @@ def test_lanczos_beyond_its_cap_is_loose_and_still_a_bound():
 def test_a_ceiling_cuts_the_norms_of_a_layer_and_a_larger_one_does_nothing():
     with jax.enable_x64(True):
         *layer, sigma = masked(LAYERS["dense"], jnp.float64)
-        found = norms.Lanczos(delta=1e-9)(0, *layer, sigma[1])
+        found = levels.Lanczos(delta=1e-9)(0, *layer, sigma[1])
     assert found.sigma[0] == sigma[1]
     assert found.sigma[2] == pytest.approx(sigma[2], rel=RTOL)
 
 
 @pytest.mark.parametrize(
-    "level", [norms.Lanczos(delta=1e-9, batch_size=2), norms.Deterministic(), norms.PowerIteration(batch_size=2)]
+    "level", [levels.Lanczos(delta=1e-9, batch_size=2), levels.Deterministic(), levels.PowerIteration(batch_size=2)]
 )
 def test_examples_that_are_not_asked_about_keep_their_ceiling_and_cost_nothing(level):
     with jax.enable_x64(True):
@@ -460,12 +461,12 @@ def test_examples_that_are_not_asked_about_keep_their_ceiling_and_cost_nothing(l
 @pytest.mark.parametrize(("name", "batch_size"), [("dense", 2), ("dense", 8), ("strided conv", 2)])
 def test_power_iteration_estimates_the_norm_of_every_masked_layer_from_below(name, batch_size):
     *layer, sigma = masked(LAYERS[name], jnp.float32)
-    found = norms.PowerIteration(batch_size=batch_size)(0, *layer, np.inf)
+    found = levels.PowerIteration(batch_size=batch_size)(0, *layer, np.inf)
     assert np.all(found.sigma <= sigma * (1 + 1e-5))
     assert np.all(found.sigma >= 0.99 * sigma)
 
 
 def test_power_iteration_does_not_depend_on_the_batch():
     *layer, _ = masked(LAYERS["dense"], jnp.float32)
-    one, all_ = (norms.PowerIteration(batch_size=size)(0, *layer, np.inf).sigma for size in (2, 8))
+    one, all_ = (levels.PowerIteration(batch_size=size)(0, *layer, np.inf).sigma for size in (2, 8))
     np.testing.assert_allclose(one, all_, rtol=1e-4)

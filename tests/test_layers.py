@@ -8,8 +8,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lipjax import ClippedMaxMin, ClippedReLU, Identity, MaxMin, ReLU, convolution, dense
-from lipjax.layers import Affine
+from lipjax import (
+    ClippedMaxMin,
+    ClippedReLU,
+    Identity,
+    MaxMin,
+    ReLU,
+    convolution,
+    dense,
+)
+from lipjax.networks.layers import Affine
 
 
 def _array(rng, *shape):

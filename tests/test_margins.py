@@ -10,7 +10,14 @@ from hypothesis import strategies as st
 from scipy import optimize
 
 import lipjax
-from lipjax import Region, box_and_ball, dense, pairwise_lipschitz, worst_logits, worst_margin
+from lipjax import (
+    Region,
+    box_and_ball,
+    dense,
+    pairwise_lipschitz,
+    worst_logits,
+    worst_margin,
+)
 
 
 def region_of(center, lower, upper, radius, live=None):

@@ -11,7 +11,10 @@ import oracles
 import pytest
 
 from configs import common, digits
-from lipjax import Given, l2_ball, margins, methods, propagate, recipe, training
+from lipjax import Given, l2_ball, propagate
+from lipjax.bounds import margins
+from lipjax.experiments import recipe
+from lipjax.training import methods, training_step
 
 EPS, KAPPA, BATCH = 0.2, 0.25, 4
 KEY = jax.random.key(3)
@@ -37,7 +40,7 @@ def compiled(chosen):
 
     @oracles.jit
     def run(network, x, label, eps, kappa, key):
-        whole = training.initial_vectors(chosen.layers(network), key, 50)
+        whole = training_step.initial_vectors(chosen.layers(network), key, 50)
         stored = tuple(jnp.repeat(whole[place][None], len(x), 0) for place in chosen.kept(network))
         return chosen(network, x, label, eps, kappa, stored, whole, key, chosen.rule(network))
 

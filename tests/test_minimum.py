@@ -9,7 +9,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lipjax import ClippedMaxMin, ClippedReLU, Identity, MaxMin, MaxPool, Region, ReLU, activations
+from lipjax import (
+    ClippedMaxMin,
+    ClippedReLU,
+    Identity,
+    MaxMin,
+    MaxPool,
+    Region,
+    ReLU,
+)
+from lipjax.networks import activations
 
 POINTS = 121  # of a grid, per axis
 numbers = st.floats(-3, 3, width=32)

@@ -8,9 +8,10 @@ import pathlib
 
 import pytest
 
-from lipjax import certification, published, reproduction, runs, settings
 from lipjax.errors import InputError
-from lipjax.published import Cell, Row, Table
+from lipjax.experiments import certifying, runs, settings
+from reproduction import published, tables
+from reproduction.published import Cell, Row, Table
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 SMALL = (
@@ -24,7 +25,7 @@ CELLS = [row.cell for table in published.TABLES.values() for row in table.rows i
 
 def options(folder, **changes):
     changes = {"scale": 0.02, "limit": 20, "overrides": SMALL, **changes}
-    return reproduction.Options(folder, CONFIGS, **changes)
+    return tables.Options(folder, CONFIGS, **changes)
 
 
 @pytest.fixture
@@ -40,7 +41,7 @@ def small(monkeypatch):
     )
     monkeypatch.setitem(published.TABLES, "table1", Table("A small table", published.ACCURACIES, rows))
     # Compiles faster than true bounds.
-    monkeypatch.setattr(certification, "certify", functools.partial(certification.certify, level="estimate"))
+    monkeypatch.setattr(certifying, "certify", functools.partial(certifying.certify, level="estimate"))
     monkeypatch.setattr(published, "FIGURE_CELLS", dict.fromkeys(("Local-Lip-B", "BCP"), Cell("digits", "gloro")))
 
 
@@ -56,7 +57,7 @@ def lines_of(path):
 
 
 def test_a_table_is_measured_once_and_says_what_is_missing(small, workdir, monkeypatch, capsys):
-    path = reproduction.table("table1", options(workdir, only="*standard*"))
+    path = tables.table("table1", options(workdir, only="*standard*"))
     lines = lines_of(path)
     standard = lines["digits", "Standard"]
     assert float(standard["clean, paper"]) == 99
@@ -74,7 +75,7 @@ def test_a_table_is_measured_once_and_says_what_is_missing(small, workdir, monke
         runs, "train", lambda config, *a, **k: (trained.append(config.method.name), train(config, *a, **k))
     )
     with pytest.raises(InputError, match=r"mnist_4c3f-ibp\S*-seed0 could not be made; .*table1.md"):
-        reproduction.table("table1", options(workdir))
+        tables.table("table1", options(workdir))
     lines = shown = lines_of(path)
     assert trained == ["gloro", "ibp"]
     assert lines["digits", "GloRo"]["clean, paper"] == "92.9 +- 0.1"
@@ -83,35 +84,35 @@ def test_a_table_is_measured_once_and_says_what_is_missing(small, workdir, monke
     assert "no data set 'mnist'" in capsys.readouterr().err
     # More images, another scale or another config are another measurement; more images train nothing again.
     trained.clear()
-    reproduction.table("table1", options(workdir, limit=30, only="digits-standard"))
+    tables.table("table1", options(workdir, limit=30, only="digits-standard"))
     assert trained == []
-    lines = lines_of(reproduction.table("table1", options(workdir, limit=30, only="")))
+    lines = lines_of(tables.table("table1", options(workdir, limit=30, only="")))
     assert lines["digits", "GloRo"]["seeds"] == ""
     # So is another config; and what the user makes in the folder of a run is none.
     changed = options(workdir, overrides=(*SMALL, "--config.schedule.learning_rate=0.01"), only="")
-    assert lines_of(reproduction.table("table1", changed))["digits", "GloRo"]["seeds"] == ""
+    assert lines_of(tables.table("table1", changed))["digits", "GloRo"]["seeds"] == ""
     with pytest.raises(InputError, match="digits-gloro-seed0 could not be made"):
-        reproduction.table("table1", dataclasses.replace(changed, only="digits-gloro"))
+        tables.table("table1", dataclasses.replace(changed, only="digits-gloro"))
     assert "learning_rate=0.01 differs from the run to resume" in capsys.readouterr().err
-    certification.certify(workdir / "digits-gloro-seed0", eps=0.01, limit=20)
-    again = lines_of(reproduction.table("table1", options(workdir, only="")))
+    certifying.certify(workdir / "digits-gloro-seed0", eps=0.01, limit=20)
+    again = lines_of(tables.table("table1", options(workdir, only="")))
     assert again["digits", "GloRo"] == shown["digits", "GloRo"]
 
 
 def test_cells_that_are_not_there_are_refused_and_the_table_stays(small, tmp_path):
-    path = reproduction.table("table1", options(tmp_path, only=""))
+    path = tables.table("table1", options(tmp_path, only=""))
     before = path.read_text()
     with pytest.raises(InputError, match="--only='digit-gloro' is none of the cells of table1; .* digits-gloro, "):
-        reproduction.table("table1", options(tmp_path, only="digit-gloro", scale=0.5))
+        tables.table("table1", options(tmp_path, only="digit-gloro", scale=0.5))
     assert path.read_text() == before
 
 
 def test_another_scale_in_the_same_folder_is_refused_by_its_name(small, tmp_path, capsys):
-    config = reproduction._config(Cell("digits", "gloro"), 0, options(tmp_path))
+    config = tables._config(Cell("digits", "gloro"), 0, options(tmp_path))
     (tmp_path / "digits-gloro-seed0").mkdir()
     settings.save(config, tmp_path / "digits-gloro-seed0")
     with pytest.raises(InputError, match="digits-gloro-seed0 could not be made"):
-        reproduction.table("table1", options(tmp_path, only="digits-gloro", scale=0.5))
+        tables.table("table1", options(tmp_path, only="digits-gloro", scale=0.5))
     assert "--scale=0.5 makes 50 epochs of it, but the run there was begun with 2" in capsys.readouterr().err
 
 
@@ -122,29 +123,29 @@ def test_a_certification_counts_if_it_is_about_as_many_images_as_are_asked_for_o
     examples, limit, enough, tmp_path
 ):
     (tmp_path / "summary.json").write_text(json.dumps({"counts": {"examples": examples}, "split_size": 360}))
-    assert (reproduction._summary(tmp_path, limit) is not None) == enough
+    assert (tables._summary(tmp_path, limit) is not None) == enough
 
 
 def test_iterations_are_means_over_the_norms_that_were_iterated():
-    assert reproduction._iterations({"products_per_norm": [0.0, 10.0], "iterated_share": [0.0, 0.25]}) == [0.0, 20.0]
+    assert tables._iterations({"products_per_norm": [0.0, 10.0], "iterated_share": [0.0, 0.25]}) == [0.0, 20.0]
 
 
 def test_figures_are_drawn_from_the_logs(small, workdir):
     for name in ("figure2", "figure3", "figure4", "figure5", "figure6", "figure7"):
-        path = reproduction.figure(name, options(workdir))
+        path = tables.figure(name, options(workdir))
         assert path.stat().st_size > 5000, name
 
 
 def test_unknown_names_are_refused_with_the_list(tmp_path):
     with pytest.raises(InputError, match="'table3' is unknown; give one of table1, table2, .*figure7"):
-        reproduction.table("table3", options(tmp_path))
+        tables.table("table3", options(tmp_path))
 
 
 @pytest.mark.parametrize(
     "cell", {cell.name: cell for cell in [*CELLS, *published.FIGURE_CELLS.values()]}.values(), ids=str
 )
 def test_every_cell_is_a_config_that_parses(cell, tmp_path):
-    config = reproduction._config(cell, 3, options(tmp_path, scale=1.0, overrides=()))
+    config = tables._config(cell, 3, options(tmp_path, scale=1.0, overrides=()))
     assert config.method.name == cell.method
     assert config.seed == 3
     for key, value in cell.overrides.items():

@@ -10,7 +10,17 @@ import oracles
 import pytest
 from flax import nnx
 
-from lipjax import ClippedMaxMin, ClippedReLU, MaxMin, MaxPool, ReLU, from_flax, layers, models
+from lipjax import (
+    ClippedMaxMin,
+    ClippedReLU,
+    MaxMin,
+    MaxPool,
+    ReLU,
+    from_flax,
+)
+from lipjax.experiments import architectures
+from lipjax.networks import layers
+from lipjax.reading import modules
 
 RNGS = nnx.Rngs(0)
 RNG = np.random.default_rng(0)
@@ -47,7 +57,7 @@ def assert_same(model, shape):
 
 COMPUTED = [
     ("4c3f", "clipped_relu"),
-    *(("small_cnn", activation) for activation in models.ACTIVATIONS),
+    *(("small_cnn", activation) for activation in architectures.ACTIVATIONS),
     ("mlp", "clipped_maxmin"),
 ]
 SMALL_CLIPS = {"theta": 0.3, "upper_clip": (0.3,), "lower_clip": (-0.1,)}
@@ -57,27 +67,27 @@ SMALL_CLIPS = {"theta": 0.3, "upper_clip": (0.3,), "lower_clip": (-0.1,)}
 def test_shipped_architectures_compute_the_same(architecture, activation):
     shape = (28, 28, 1)
     network = assert_same(
-        models.classifier(architecture, activation, shape, 10, **SMALL_CLIPS, rngs=nnx.Rngs(1)), shape
+        architectures.classifier(architecture, activation, shape, 10, **SMALL_CLIPS, rngs=nnx.Rngs(1)), shape
     )
     assert network.num_classes == 10
 
 
 @pytest.mark.parametrize("shape", [(28, 28, 1), (33, 40, 2), (64, 64, 3)])
-@pytest.mark.parametrize("activation", models.ACTIVATIONS)
-@pytest.mark.parametrize("architecture", sorted(models.ARCHITECTURES))
+@pytest.mark.parametrize("activation", architectures.ACTIVATIONS)
+@pytest.mark.parametrize("architecture", sorted(architectures.ARCHITECTURES))
 def test_every_architecture_has_every_activation_and_input_shape(architecture, activation, shape):
     def read():
-        return from_flax(models.classifier(architecture, activation, shape, 7, rngs=nnx.Rngs(0)), shape)
+        return from_flax(architectures.classifier(architecture, activation, shape, 7, rngs=nnx.Rngs(0)), shape)
 
     network = jax.eval_shape(read)
     assert (network.num_classes, network.input_shape) == (7, shape)
-    assert len(network.blocks) == len(models.ARCHITECTURES[architecture])
+    assert len(network.blocks) == len(architectures.ARCHITECTURES[architecture])
     kinds = {"relu": ReLU, "clipped_relu": ClippedReLU, "maxmin": MaxMin, "clipped_maxmin": ClippedMaxMin}
     assert {type(block.activation) for block in network.blocks} == {kinds[activation]}
 
 
 def test_clips_are_those_of_each_layer_and_another_number_of_them_is_refused():
-    build = functools.partial(models.classifier, "mlp", "clipped_maxmin", (8, 8, 1), 10, rngs=nnx.Rngs(0))
+    build = functools.partial(architectures.classifier, "mlp", "clipped_maxmin", (8, 8, 1), 10, rngs=nnx.Rngs(0))
     blocks = from_flax(build(upper_clip=(0.1, 0.2), lower_clip=(-0.3,)), (8, 8, 1)).blocks
     assert [float(b.activation.upper_clip[0]) for b in blocks] == pytest.approx([0.1, 0.2])
     assert [float(b.activation.lower_clip[0]) for b in blocks] == pytest.approx([-0.3, -0.3])
@@ -88,13 +98,15 @@ def test_clips_are_those_of_each_layer_and_another_number_of_them_is_refused():
 
 def test_images_that_are_too_small_are_refused():
     with pytest.raises(ValueError, match=r"images \(8, 8, 1\) are too small for 8c2f"):
-        models.classifier("8c2f", "relu", (8, 8, 1), 10, rngs=nnx.Rngs(0))
+        architectures.classifier("8c2f", "relu", (8, 8, 1), 10, rngs=nnx.Rngs(0))
 
 
 def test_neuron_counts_are_those_of_the_paper():
     def thetas(architecture, shape, classes=10):
         def read():
-            return from_flax(models.classifier(architecture, "clipped_relu", shape, classes, rngs=nnx.Rngs(0)), shape)
+            return from_flax(
+                architectures.classifier(architecture, "clipped_relu", shape, classes, rngs=nnx.Rngs(0)), shape
+            )
 
         network = jax.eval_shape(read)
         sizes = [block.activation.theta.size for block in network.blocks]
@@ -121,7 +133,7 @@ def test_neuron_counts_are_those_of_the_paper():
     ],
 )
 def test_convolutions_of_flax(options):
-    flat = nnx.Sequential(conv(2, 3, (3, 4), **options), nnx.relu, models.flatten)
+    flat = nnx.Sequential(conv(2, 3, (3, 4), **options), nnx.relu, architectures.flatten)
     width = flat(jnp.zeros((1, 9, 8, 2))).shape[1]
     assert_same(nnx.Sequential(*flat.layers, linear(width, 4)), (9, 8, 2))
 
@@ -146,7 +158,7 @@ def test_a_reshape_is_known_by_what_it_does(reshape):
 
 def test_images_may_come_out_of_a_reshape():
     model = nnx.Sequential(
-        linear(4, 18), nnx.relu, lambda x: x.reshape(-1, 3, 3, 2), conv(2, 2), models.flatten, linear(18, 3)
+        linear(4, 18), nnx.relu, lambda x: x.reshape(-1, 3, 3, 2), conv(2, 2), architectures.flatten, linear(18, 3)
     )
     assert_same(model, (4,))
 
@@ -185,7 +197,7 @@ def test_unknown_layers_raise_a_type_error_that_names_the_place(name, module):
 )
 def test_unsupported_options_of_convolutions_are_named(options, word):
     with pytest.raises(TypeError, match=word):
-        from_flax(nnx.Sequential(conv(2, 2, **options), models.flatten, linear(50, 3)), (5, 5, 2))
+        from_flax(nnx.Sequential(conv(2, 2, **options), architectures.flatten, linear(50, 3)), (5, 5, 2))
 
 
 def test_structures_that_are_no_classifier_are_refused():
@@ -198,18 +210,18 @@ def test_structures_that_are_no_classifier_are_refused():
     with pytest.raises(ValueError, match="takes 3 inputs, but its input has shape"):
         from_flax(nnx.Sequential(linear(3, 4)), (5,))
     with pytest.raises(ValueError, match="theta of shape"):
-        from_flax(nnx.Sequential(linear(3, 4), models.ClippedReLU((5,)), linear(4, 2)), (3,))
+        from_flax(nnx.Sequential(linear(3, 4), modules.ClippedReLU((5,)), linear(4, 2)), (3,))
 
 
 def test_unknown_names_of_models_are_named():
     with pytest.raises(ValueError, match="unknown architecture '9c9f'; known are"):
-        models.classifier("9c9f", "relu", (28, 28, 1), 10, rngs=nnx.Rngs(0))
+        architectures.classifier("9c9f", "relu", (28, 28, 1), 10, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="unknown activation 'gelu'"):
-        models.classifier("4c3f", "gelu", (28, 28, 1), 10, rngs=nnx.Rngs(0))
+        architectures.classifier("4c3f", "gelu", (28, 28, 1), 10, rngs=nnx.Rngs(0))
 
 
 def test_gradients_reach_the_flax_parameters():
-    model = models.classifier("small_cnn", "clipped_relu", (8, 8, 1), 10, rngs=nnx.Rngs(0))
+    model = architectures.classifier("small_cnn", "clipped_relu", (8, 8, 1), 10, rngs=nnx.Rngs(0))
     graphdef, params = nnx.split(model, nnx.Param)
     x = jax.random.uniform(jax.random.key(0), (2, 8, 8, 1))
 
@@ -268,7 +280,10 @@ def test_models_that_compute_something_else_are_refused():
 
 
 def test_clips_after_a_flatten_are_those_of_the_layer_before():
-    assert_same(nnx.Sequential(conv(1, 2), models.flatten, models.ClippedReLU((50,), 0.2), linear(50, 3)), (5, 5, 1))
+    assert_same(
+        nnx.Sequential(conv(1, 2), architectures.flatten, modules.ClippedReLU((50,), 0.2), linear(50, 3)),
+        (5, 5, 1),
+    )
 
 
 # What is folded and what else is read
@@ -296,7 +311,7 @@ def pool_average(x):
 
 
 def tail(width):
-    return [models.flatten, linear(width, 4)]
+    return [architectures.flatten, linear(width, 4)]
 
 
 FOLDED = {
@@ -306,20 +321,23 @@ FOLDED = {
         *(conv(2, 3), nnx.relu, trained_norm(3), conv(3, 2, (4, 4), strides=2, padding=1), nnx.relu, *tail(18))
     ],
     "batch norm before a dense layer": [conv(2, 3), nnx.relu, trained_norm(3), *tail(108)],
-    "batch norm after a dense layer": [models.flatten, linear(72, 5), trained_norm(5), nnx.relu, linear(5, 4)],
+    "batch norm after a dense layer": [architectures.flatten, linear(72, 5), trained_norm(5), nnx.relu, linear(5, 4)],
     "two shifts and a scale": [normalise, lambda x: 2 * (x + 1), conv(2, 3, padding=1), lambda x: x - 1, *tail(108)],
     "average pooling": [conv(2, 3, padding=1), nnx.relu, pool_average, *tail(36)],
     "max pooling that overlaps": [conv(2, 3, padding=1), nnx.relu, pool_max, *tail(27)],
     "max pooling before the activation": [conv(2, 3, padding=1), pool_max, nnx.relu, *tail(27)],
     "feature groups": [conv(2, 4, padding=1, feature_group_count=2), nnx.relu, *tail(144)],
-    "MaxMin": [conv(2, 4, padding=1), models.MaxMin(), models.flatten, linear(144, 6), models.MaxMin(), linear(6, 4)],
-    "clipped MaxMin": [
-        *(conv(2, 4, padding=1), models.ClippedMaxMin((6, 6, 4), 0.3, -0.2), models.flatten, linear(144, 6)),
-        *(models.ClippedMaxMin((6,), 0.1, -0.1), linear(6, 4)),
+    "MaxMin": [
+        *(conv(2, 4, padding=1), modules.MaxMin(), architectures.flatten),
+        *(linear(144, 6), modules.MaxMin(), linear(6, 4)),
     ],
-    "a residual sum": [models.Residual(conv(2, 2, padding=1), nnx.relu, conv(2, 2, padding=1)), nnx.relu, *tail(72)],
+    "clipped MaxMin": [
+        *(conv(2, 4, padding=1), modules.ClippedMaxMin((6, 6, 4), 0.3, -0.2), architectures.flatten, linear(144, 6)),
+        *(modules.ClippedMaxMin((6,), 0.1, -0.1), linear(6, 4)),
+    ],
+    "a residual sum": [modules.Residual(conv(2, 2, padding=1), nnx.relu, conv(2, 2, padding=1)), nnx.relu, *tail(72)],
     "a residual sum in another": [
-        models.Residual(models.Residual(conv(2, 2, padding=1)), nnx.relu, trained_norm(2)), nnx.relu, *tail(72)
+        modules.Residual(modules.Residual(conv(2, 2, padding=1)), nnx.relu, trained_norm(2)), nnx.relu, *tail(72)
     ],
     "inactive dropout": [conv(2, 3), nnx.Dropout(0.5, deterministic=True), nnx.relu, *tail(108)],
     "activations without a layer between": [nnx.relu, nnx.relu, *tail(72)],

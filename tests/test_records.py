@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 import lipjax
-from lipjax import certification, data, evaluation, recipe, records, settings
-from lipjax.certifier import Certifier
+from lipjax.certification import records
+from lipjax.certification.certifier import Certifier
 from lipjax.errors import InputError
+from lipjax.experiments import certifying, data, evaluation, recipe, settings
 
 SHIPPED = pathlib.Path(__file__).parents[1] / "results" / "digits"
 LIMIT = 12
@@ -26,7 +27,7 @@ def network():
 
 
 def certify(folder, **options):
-    return certification.certify(SHIPPED, limit=LIMIT, output=folder, **{"level": "estimate", **options})
+    return certifying.certify(SHIPPED, limit=LIMIT, output=folder, **{"level": "estimate", **options})
 
 
 @pytest.fixture(scope="module")

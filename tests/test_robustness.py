@@ -13,9 +13,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lipjax
-from lipjax import Block, Certifier, Network, ReLU, dense, norms
-from lipjax.certifier import Ledger
-from lipjax.robustness import _outward
+from lipjax import (
+    Block,
+    Certifier,
+    Network,
+    ReLU,
+    dense,
+)
+from lipjax.certification.certifier import Ledger
+from lipjax.certification.robustness import _outward
+from lipjax.norms import levels
 
 KINDS = ["dense clipped", "conv relu", "dense pairs"]  # one compilation each
 BATCH = 3
@@ -271,9 +278,9 @@ def test_labels_that_do_not_fit_are_refused():
 
 def test_the_ledger_keeps_the_largest_gap_and_counts_each_start_once():
     ledger = Ledger(9, 1e-9)
-    found = norms.Norms(np.ones(3), np.array([2, 0, 2]), np.array([0.5, np.nan, 0.25]), np.array([True, False, True]))
+    found = levels.Norms(np.ones(3), np.array([2, 0, 2]), np.array([0.5, np.nan, 0.25]), np.array([True, False, True]))
     ledger.enter(found)
-    ledger.enter(norms.known(1.0, 2))  # norms that cost nothing have no gap
+    ledger.enter(levels.known(1.0, 2))  # norms that cost nothing have no gap
     assert (ledger.largest_gap, ledger.starts, ledger.products) == (0.5, 2, 4)
 
 

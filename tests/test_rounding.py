@@ -20,15 +20,14 @@ from lipjax import (
     Join,
     Network,
     ReLU,
-    bounds,
     box_and_ball,
     convolution,
     dense,
-    enclosures,
+    floating_point,
     l2_ball,
-    rounding,
 )
-from lipjax.certificates import certificate
+from lipjax.bounds import enclosures, propagation, rounding
+from lipjax.certification.certificates import certificate
 
 SEEDS = st.integers(0, 10**6)
 
@@ -38,17 +37,17 @@ def in_float64(tree):
 
 
 def test_gamma_by_hand():
-    assert rounding.gamma(1, 0.25) == pytest.approx(1 / 3)
-    assert rounding.gamma(3, 0.125) == pytest.approx(3 / 5)
-    assert rounding.gamma(3, rounding.UNIT32) == pytest.approx(3 / (2**24 - 3))
-    assert np.finfo(np.float64).eps / 2 == rounding.UNIT64
-    assert np.finfo(np.float32).eps / 2 == rounding.UNIT32
+    assert floating_point.gamma(1, 0.25) == pytest.approx(1 / 3)
+    assert floating_point.gamma(3, 0.125) == pytest.approx(3 / 5)
+    assert floating_point.gamma(3, floating_point.UNIT32) == pytest.approx(3 / (2**24 - 3))
+    assert np.finfo(np.float64).eps / 2 == floating_point.UNIT64
+    assert np.finfo(np.float32).eps / 2 == floating_point.UNIT32
     assert np.finfo(np.float32).tiny == rounding.SMALLEST32
 
 
 def test_so_many_terms_that_nothing_can_be_said_are_refused():
     with pytest.raises(ValueError, match="8388608 terms are too many"):
-        rounding.gamma(2**23, rounding.UNIT32)
+        floating_point.gamma(2**23, floating_point.UNIT32)
 
 
 def test_gamma_covers_a_sum_whose_every_addition_rounds_down():
@@ -57,7 +56,7 @@ def test_gamma_covers_a_sum_whose_every_addition_rounds_down():
     computed = functools.reduce(lambda a, b: np.float32(a + b), terms)
     exact = terms.astype(np.float64).sum()
     assert computed == 1
-    assert 1e-5 < exact - computed <= rounding.gamma(1000, rounding.UNIT32) * exact
+    assert 1e-5 < exact - computed <= floating_point.gamma(1000, floating_point.UNIT32) * exact
 
 
 # The widened box, in exact arithmetic
@@ -68,7 +67,7 @@ INPUTS, OUTPUTS = 5, 4
 @jax.jit
 def _boxes(layer, center, eps):
     entering = l2_ball(center, eps)
-    before = bounds.preactivation(layer, entering)
+    before = propagation.preactivation(layer, entering)
     return before.box, rounding.widen(before, layer, entering).box
 
 
@@ -290,7 +289,7 @@ def test_what_was_rounded_before_a_layer_grows_by_the_norm_of_the_masked_layer()
     network = Network((first, second), dense(jnp.eye(2), jnp.zeros(2), (2,)))
     region, _ = features_region(network, np.array([1.0, 100.0], np.float32), 0.0)
     np.testing.assert_array_equal(region.live, [True, False])
-    assert 100 * rounding.UNIT32 < region.radius < 1000 * rounding.UNIT32
+    assert 100 * floating_point.UNIT32 < region.radius < 1000 * floating_point.UNIT32
 
 
 class Poisoned(enclosures.Float32Inference):

@@ -13,10 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lipjax
-from lipjax import ascent, certification, data, dual, methods, recipe, runs
-from lipjax import settings as configs
-from lipjax.checkpoints import Checkpoints
-from lipjax.rule import initial_rule
+from lipjax.bounds import ascent, dual
+from lipjax.bounds.rule import initial_rule
+from lipjax.experiments import certifying, data, recipe, runs
+from lipjax.experiments import settings as configs
+from lipjax.training import methods
+from lipjax.training.checkpoints import Checkpoints
 
 FOLDER = pathlib.Path(__file__).parents[1] / "configs"
 SEEDS = st.integers(0, 10**6)
@@ -168,15 +170,15 @@ def test_validation_asks_all_rivals_however_many_training_asks():
 
 def test_certification_starts_from_the_rule(finished, tmp_path, monkeypatch):
     given = []
-    evaluate = certification.evaluate
+    evaluate = certifying.evaluate
 
     def watched(*arguments, rule, **options):
         given.append(rule)
         return evaluate(*arguments, rule=rule, **options)
 
-    monkeypatch.setattr(certification, "evaluate", watched)
+    monkeypatch.setattr(certifying, "evaluate", watched)
     options = {"limit": 6, "batch_size": 6, "eps": 0.05, "stages": ("global", "dual"), "dual_steps": 3}
-    certification.certify(finished, output=tmp_path, **options)
+    certifying.certify(finished, output=tmp_path, **options)
     assert isinstance(given[0], lipjax.Rule)
 
 

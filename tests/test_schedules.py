@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from lipjax.schedules import constant_then_exponential, ramp
+from lipjax.training.schedules import constant_then_exponential, ramp
 
 
 def values(schedule, num_steps, more=30):

@@ -9,9 +9,15 @@ import oracles
 import pytest
 
 import lipjax
-from lipjax import LinearMap, WarmStarted, converged_norm, convolution, dense, power_iteration
-from lipjax.bounds import linear_map
-from lipjax.spectral import unit
+from lipjax import (
+    LinearMap,
+    WarmStarted,
+    converged_norm,
+    convolution,
+    dense,
+    power_iteration,
+)
+from lipjax.networks.linear_maps import unit
 
 
 def _array(rng, *shape):
@@ -46,7 +52,7 @@ def length(vector):
 @oracles.jit
 def _norms(layer, rows, columns, key):
     """Converged norms from both sides, a few iterations, and gains, of a masked layer."""
-    masked = linear_map(layer).masked(rows, columns)
+    masked = layer.linear_map().masked(rows, columns)
     small = masked.from_smaller_side()
     start, other = (jax.random.normal(key, m.in_shape) for m in (masked, small))
     converged, _ = converged_norm(masked, start, tol=1e-6, max_iters=3000)
@@ -82,7 +88,7 @@ def test_norms_of_masked_layers_against_svd(name):
 def test_the_smaller_side_keeps_singular_values_and_masks(name):
     layer = LAYERS[name]
     rows, columns = (jnp.asarray(m) for m in masks(layer, 3, 0.6))
-    masked = linear_map(layer).masked(rows, columns)
+    masked = layer.linear_map().masked(rows, columns)
     small = masked.from_smaller_side()
     assert np.prod(small.in_shape) == min(np.prod(layer.in_shape), np.prod(layer.out_shape))
     flipped = small.in_shape != masked.in_shape
@@ -100,7 +106,7 @@ def test_image_is_that_of_the_unit_vector_along_the_kept_part_without_a_gradient
     layer = LAYERS["dense tall"]
     rows, columns = (jnp.asarray(m) for m in masks(layer, 5, 0.6))
     matrix = oracles.layer_matrix(layer)[0] * np.outer(rows, columns)
-    masked = linear_map(layer).masked(rows, columns)
+    masked = layer.linear_map().masked(rows, columns)
     vector = np.random.default_rng(6).standard_normal(6).astype(np.float32)
     kept = vector * np.asarray(columns)
     np.testing.assert_allclose(masked.image(jnp.asarray(vector)), matrix @ kept / np.linalg.norm(kept), atol=1e-5)
@@ -108,7 +114,7 @@ def test_image_is_that_of_the_unit_vector_along_the_kept_part_without_a_gradient
     assert not masked.image(jnp.where(columns, 0.0, 1.0)).any()  # nothing of it is kept
 
     def total(layer, vector):
-        return jnp.sum(linear_map(layer).masked(rows, columns).image(vector))
+        return jnp.sum(layer.linear_map().masked(rows, columns).image(vector))
 
     for start in (jnp.asarray(vector), jnp.zeros(6)):
         assert all(not np.asarray(leaf).any() for leaf in jax.tree.leaves(jax.grad(total, (0, 1))(layer, start)))
@@ -222,7 +228,7 @@ def test_an_all_dead_mask_gives_zero_with_zero_finite_gradients(rows_dead):
         layer = convolution(kernel, jnp.zeros(3), (4, 4, 2), (1, 1), ((1, 1), (1, 1)))
         rows = jnp.full((4, 4, 3), not rows_dead)
         columns = jnp.full((4, 4, 2), rows_dead)
-        masked = linear_map(layer).masked(rows, columns)
+        masked = layer.linear_map().masked(rows, columns)
         sigma, vector = power_iteration(masked, jnp.ones((4, 4, 2)), 3)
         converged, _ = converged_norm(masked, jnp.ones((4, 4, 2)))
         return sigma + converged, (sigma, converged, vector)
@@ -244,7 +250,7 @@ def test_gradient_of_sigma_is_the_rank_one_formula():
     expected = np.outer(right[0], left[:, 0])  # towards kernel = W^T
 
     def sigma(kernel, norm):
-        return norm(linear_map(dense(kernel, jnp.zeros(9), (6,))).masked(jnp.asarray(rows), jnp.asarray(columns)))
+        return norm(dense(kernel, jnp.zeros(9), (6,)).linear_map().masked(jnp.asarray(rows), jnp.asarray(columns)))
 
     start = jnp.asarray(rng.standard_normal(6), jnp.float32)
     for norm in (
@@ -264,7 +270,7 @@ def test_gradient_at_warm_vectors_is_that_of_the_unrolled_loop(num_iters):
 
     def layer_map(kernel):
         layer = convolution(kernel, jnp.zeros(3), shape, (2, 2), ((1, 1), (1, 1)))
-        return linear_map(layer).masked(jnp.asarray(rows), jnp.asarray(columns))
+        return layer.linear_map().masked(jnp.asarray(rows), jnp.asarray(columns))
 
     rows, columns = rng.random((3, 3, 3)) < 0.8, rng.random(shape) < 0.8
     warm = power_iteration(layer_map(kernel), _array(rng, *shape), 800)[1]

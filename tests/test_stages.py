@@ -12,9 +12,10 @@ import oracles
 import pytest
 
 import lipjax
-from lipjax import data, evaluation, stages
-from lipjax.evaluation import evaluate
-from lipjax.reports import print_table
+from lipjax.certification import stages
+from lipjax.experiments import data, evaluation
+from lipjax.experiments.evaluation import evaluate
+from lipjax.experiments.reports import print_table
 
 COUNT, EPS = 60, 0.085
 OPTIONS = {"batch_size": 20, "dual_steps": 21}
@@ -244,19 +245,19 @@ def test_progress_of_another_certification_or_none_is_refused(monkeypatch, tmp_p
 
 
 def test_certify_py_resumes_or_begins_anew(monkeypatch, tmp_path):
-    from lipjax import certification
+    from lipjax.experiments import certifying
 
     run = pathlib.Path(__file__).parents[1] / "results" / "digits"
     options = {"limit": 12, "batch_size": 6, "output": tmp_path, "stages": ("global",)}
     with monkeypatch.context() as patch:
         killed_after(patch, 1)
         with pytest.raises(Killed):
-            certification.certify(run, **options)
-    assert (tmp_path / certification.PROGRESS).exists()
+            certifying.certify(run, **options)
+    assert (tmp_path / certifying.PROGRESS).exists()
     seen = []
     lap = evaluation.ProgressFile.lap
     monkeypatch.setattr(evaluation.ProgressFile, "lap", lambda *arguments: (seen.append(1), lap(*arguments)))
-    summary = certification.certify(run, resume=True, **options)
+    summary = certifying.certify(run, resume=True, **options)
     assert len(seen) == 1  # of two batches
-    assert not (tmp_path / certification.PROGRESS).exists()
+    assert not (tmp_path / certifying.PROGRESS).exists()
     assert json.loads((tmp_path / "summary.json").read_text())["counts"] == summary["counts"]

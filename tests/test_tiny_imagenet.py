@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lipjax import data
 from lipjax.errors import InputError
-from lipjax.tiny_imagenet import ARCHIVE, Archive
+from lipjax.experiments import data
+from lipjax.experiments.tiny_imagenet import ARCHIVE, Archive
 
 SAMPLE = pathlib.Path(__file__).parents[2] / "shared" / "data" / "tiny-imagenet-200-sample.zip"
 WNIDS = [f"n{k:08d}" for k in np.random.default_rng(0).permutation(200)]  # not in the order of the labels

@@ -15,7 +15,11 @@ import oracles
 import pytest
 from flax import nnx
 
-from lipjax import bounds, losses, margins, methods, models, reading, regions, sharding, training
+from lipjax.bounds import margins, propagation
+from lipjax.experiments import architectures
+from lipjax.networks import regions
+from lipjax.reading import flax, modules
+from lipjax.training import losses, methods, sharding, training_step
 
 SHAPE, CLASSES, EXAMPLES = (6, 6, 1), 3, 12
 
@@ -24,10 +28,10 @@ def small_model():
     rngs = nnx.Rngs(0)
     return nnx.Sequential(
         nnx.Conv(1, 4, (3, 3), padding=1, rngs=rngs),
-        models.ClippedReLU((6, 6, 4)),
+        modules.ClippedReLU((6, 6, 4)),
         nnx.Conv(4, 4, (4, 4), strides=2, padding=1, rngs=rngs),
-        models.ClippedReLU((3, 3, 4)),
-        models.flatten,
+        modules.ClippedReLU((3, 3, 4)),
+        architectures.flatten,
         nnx.Linear(36, CLASSES, rngs=rngs),
     )
 
@@ -65,7 +69,7 @@ def with_rate(state, learning_rate):
 @functools.cache
 def step_of(method):
     """The mapped step, compiled once for all tests."""
-    return training.mapped(training.train_step, method, nnx.split(small_model(), nnx.Param)[0])
+    return training_step.mapped(training_step.train_step, method, nnx.split(small_model(), nnx.Param)[0])
 
 
 def data_and_state(method, devices):
@@ -75,22 +79,22 @@ def data_and_state(method, devices):
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (EXAMPLES, *SHAPE), dtype=np.uint8)
     labels = rng.integers(0, CLASSES, EXAMPLES).astype(np.int32)
-    network = reading.from_flax(model, SHAPE)
-    vectors = training.initial_vectors(method.objective.layers(network), jax.random.key(1), 5)
+    network = flax.from_flax(model, SHAPE)
+    vectors = training_step.initial_vectors(method.objective.layers(network), jax.random.key(1), 5)
     share = EXAMPLES // devices
     own = [vectors[place] for place in method.objective.kept(network)]
     tables = tuple(jnp.broadcast_to(v[None, None], (devices, share, *v.shape)) for v in own)
     shared = (jnp.int32(0), params, method.optimizer.init(params), jax.random.key_data(jax.random.key(2)), vectors)
     shared = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf[None], (devices, *leaf.shape)), shared)
-    data = training.Images(images.reshape(devices, share, *SHAPE), labels.reshape(devices, share), 255)
-    return graphdef, training.TrainState(*shared, tables, ()), data
+    data = training_step.Images(images.reshape(devices, share, *SHAPE), labels.reshape(devices, share), 255)
+    return graphdef, training_step.TrainState(*shared, tables, ()), data
 
 
 def full_batch(devices, first=EXAMPLES):
     """All examples; with a weight for the first ones only, as if the others were padding."""
     share = EXAMPLES // devices
     index = np.broadcast_to(np.arange(share, dtype=np.int32), (devices, share))
-    return training.Batch(index, (index < first).astype(np.float32))
+    return training_step.Batch(index, (index < first).astype(np.float32))
 
 
 def one_step(devices=1):
@@ -110,15 +114,15 @@ def test_gradient_of_the_step_is_that_of_the_mean_loss_written_out():
     x, labels = jnp.asarray(data.images[0], jnp.float32) / 255, data.labels[0]
 
     def mean_loss(params):
-        network = reading.from_flax(nnx.merge(graphdef, params), SHAPE)
+        network = flax.from_flax(nnx.merge(graphdef, params), SHAPE)
         key = jax.random.fold_in(stored.key, 0)
-        whole = bounds.WarmStarted(stored.global_vectors, None, key, 3, 0.01)
-        shared = bounds.global_norms(network, whole)[1]
+        whole = propagation.WarmStarted(stored.global_vectors, None, key, 3, 0.01)
+        shared = propagation.global_norms(network, whole)[1]
         total = 0.0
         for place in range(examples):
             vectors = tuple(table[place] for table in stored.vectors)
-            norm = bounds.WarmStarted(vectors, shared, key, 2, 0.01)
-            found = bounds.propagate(network, regions.l2_ball(x[place], 0.3), norm, bounds.full_row_norms)
+            norm = propagation.WarmStarted(vectors, shared, key, 2, 0.01)
+            found = propagation.propagate(network, regions.l2_ball(x[place], 0.3), norm, propagation.full_row_norms)
             logits = network.logits(x[place])
             worst = margins.worst_logits(
                 logits, margins.pairwise_lipschitz(network.head, found.features, labels[place]), labels[place]
@@ -137,9 +141,9 @@ def test_gradient_of_the_step_is_that_of_the_mean_loss_written_out():
 def test_padding_changes_neither_gradient_nor_metrics_nor_stored_vectors():
     chosen = method()
     _, state, data = data_and_state(chosen, 1)
-    plain = training.Batch(np.arange(5, dtype=np.int32)[None], np.ones((1, 5), np.float32))
+    plain = training_step.Batch(np.arange(5, dtype=np.int32)[None], np.ones((1, 5), np.float32))
     index = np.array([[0, 1, 2, 3, 4, 7, 7, 0, 7, 8, 9, 10]], np.int32)
-    padded = training.Batch(index, (np.arange(EXAMPLES) < 5).astype(np.float32)[None])
+    padded = training_step.Batch(index, (np.arange(EXAMPLES) < 5).astype(np.float32)[None])
     results = []
     for batch in (plain, padded):
         copy = jax.tree.map(jnp.array, state)
@@ -180,7 +184,7 @@ def test_dead_network_has_finite_gradients(norms):
 def test_clips_are_projected_to_be_nonnegative():
     model = small_model()
     params = nnx.state(model, nnx.Param)
-    optimizer = training.adam(optax.constant_schedule(0.5))
+    optimizer = training_step.adam(optax.constant_schedule(0.5))
     state = optimizer.init(params)
     gradient = jax.tree.map(jnp.ones_like, params)
     for _ in range(4):
@@ -196,10 +200,12 @@ def test_clips_are_projected_to_be_nonnegative():
 def test_warm_vectors_approach_the_converged_norm_over_steps():
     graphdef, state, data = data_and_state(method(), 1)
     state = with_rate(state, 0.0)
-    network = reading.from_flax(nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf[0], state.params)), SHAPE)
+    network = flax.from_flax(nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf[0], state.params)), SHAPE)
     x = jnp.asarray(data.images[0], jnp.float32) / 255
-    norm = bounds.Estimate(jax.random.key(5), tol=1e-6)
-    converged = oracles.jit(jax.vmap(lambda one: bounds.propagate(network, regions.l2_ball(one, 0.3), norm).lipschitz))
+    norm = propagation.Estimate(jax.random.key(5), tol=1e-6)
+    converged = oracles.jit(
+        jax.vmap(lambda one: propagation.propagate(network, regions.l2_ball(one, 0.3), norm).lipschitz)
+    )
     exact = np.asarray(converged(x))
     for _ in range(30):
         state, metrics = step_of(method())(state, data, full_batch(1))

@@ -1,0 +1,1 @@
+"""What follows: one pass of a region through a network, worst-case margins, and the dual."""

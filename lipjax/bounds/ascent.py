@@ -1,0 +1,199 @@
+"""Ascent: better multipliers of the dual, by Adam.
+
+For each row the multiplier is a sum of free slopes times the coefficients of the outputs that it feeds, and mu r is a
+free positive number times ||c||: one step changes all blocks, however large their coefficients are. What is found is a
+bound whatever the steps did; see :mod:`lipjax.bounds.dual`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array, lax
+
+from lipjax.bounds.dual import Choose, Multipliers, best_weight, boxed, forward_margins, given, pull, value
+from lipjax.bounds.propagation import Bounds
+from lipjax.networks.activations import Activation
+from lipjax.networks.graph import Block, Network
+from lipjax.networks.linear_maps import length
+from lipjax.networks.regions import Region
+
+SLOPE_RATE, WEIGHT_RATE, LAST_RATE = 0.1, 0.05, 0.05  # of Adam; the last is the share that is left at the end
+NOISE = 1e-5  # of a derivative; of smaller ones Adam would make whole steps, though they may be rounding alone
+LEAST_WEIGHT = 1e-3  # mu r / ||c|| from which a resumed ascent may still grow
+MEMORY = 2**31  # bytes that the pairs of one batch may take
+ARRAYS_PER_PAIR = 24  # held at once, each of the size of all activations
+
+
+def ascend(
+    network: Network,
+    bounds: Bounds,
+    label: Array,
+    start: Multipliers | None = None,
+    *,
+    rivals: Array,
+    num_steps: int = 60,
+) -> tuple[Array, Multipliers]:
+    """Margins of a batch by the dual, ascended in the multipliers.
+
+    Args:
+        network: the classifier.
+        bounds: of the batch, with leading axis B.
+        label: integers (B,).
+        start: multipliers to begin with; default: what keeps the last block's box and ball, and passes on the slopes
+            of the others at the center.
+        rivals: classes (B, R) that are asked for.
+        num_steps: steps of Adam, at least 0.
+
+    Returns:
+        ``(margins, multipliers)``: (B, classes), never worse than those of the forward pass; and where they were
+        attained. A pair's result does not depend on the others, beyond what rounding decides at kinks. Pairs are
+        ascended in batches that take at most 2 GB.
+
+    Soundness:
+        As of :func:`dual_margins`.
+    """
+    count, asked = rivals.shape
+    flat = None if start is None else jax.tree.map(lambda leaf: leaf.reshape(count * asked, *leaf.shape[2:]), start)
+
+    def one(pair: tuple[Array, Array, Multipliers | None]) -> tuple[Array, Multipliers]:
+        example, rival, multipliers = pair
+        own, chosen = jax.tree.map(lambda leaf: leaf[example], (bounds, label))
+        if multipliers is None:
+            state = begin(start_slopes(network, own))
+        else:
+            state = resume(network, own, chosen, rival, multipliers)
+        return finish(network, own, chosen, rival, climb(network, own, chosen, rival, state, num_steps, num_steps))
+
+    pairs, at_once = (jnp.repeat(jnp.arange(count), asked), rivals.reshape(-1), flat), pairs_at_once(network)
+    found, multipliers = jax.vmap(one)(pairs) if count * asked <= at_once else lax.map(one, pairs, batch_size=at_once)
+    forward = jax.vmap(functools.partial(forward_margins, network))(bounds, label)
+    better = jnp.where(rivals == label[:, None], 0, found.reshape(count, asked))
+    all_margins = jax.vmap(lambda forward, rivals, better: forward.at[rivals].max(better))(forward, rivals, better)
+    return all_margins, jax.tree.map(lambda leaf: leaf.reshape(count, asked, *leaf.shape[1:]), multipliers)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Climb:
+    """An ascent on its way, of one pair.
+
+    Attributes:
+        slopes: one array (k, *shape of the pre-activations) per block.
+        log_weights: logarithms of mu r / ||c|| (blocks,).
+        adam: state of the optimiser.
+    """
+
+    slopes: tuple[Array, ...]
+    log_weights: Array
+    adam: Any
+
+
+def start_slopes(network: Network, bounds: Bounds) -> tuple[Array, ...]:
+    """Slopes at the center, and 0 in the blocks that feed the features: the margin by box and ball, to begin with."""
+    last: list[int] = []
+
+    def block(place: int, step: Block, feeds: bool) -> bool:
+        last.extend([place] * feeds)
+        return False
+
+    network.walk(True, block, lambda kept, feeds: kept or feeds, backward=True)
+    slopes = []
+    for place, (step, before) in enumerate(zip(network.blocks, bounds.preactivations, strict=True)):
+        on = step.activation.phase(boxed(before)) > 0
+        slopes.append(jnp.where(place in last, 0, on).astype(before.center.dtype))
+    return tuple(slopes)
+
+
+def free(slopes: tuple[Array, ...], log_weights: Array) -> Choose:
+    """A walk with multipliers of some slopes and weights; what those are relative to, ||c|| / r, has no gradient."""
+
+    def choose(place: int, activation: Activation, c: Array, region: Region) -> tuple[Array, Array]:
+        g = jnp.sum(slopes[place] * activation.feeding(c), axis=0)
+        if region.radius is None:
+            return g, jnp.zeros((), c.dtype)
+        unit = length(c) / jnp.where(region.ball > 0, region.ball, 1)
+        return g, jnp.exp(log_weights[place]) * lax.stop_gradient(unit)
+
+    return choose
+
+
+def begin(slopes: tuple[Array, ...], log_weights: Array | None = None) -> Climb:
+    """The ascent of one pair from some slopes, and from mu r = ||c|| unless other weights are given."""
+    if log_weights is None:
+        log_weights = jnp.zeros(len(slopes), slopes[0].dtype if slopes else None)
+    return Climb(slopes, log_weights, _adam(1).init((slopes, log_weights)))
+
+
+def resume(network: Network, bounds: Bounds, label: Array, rival: Array, multipliers: Multipliers) -> Climb:
+    """The ascent of one pair from multipliers: from the slopes nearest to those at the center that give them."""
+    trace = pull(network, bounds, label, rival, given(multipliers))
+    slopes, log_weights = [], []
+    for block, before, c, g, weight in zip(
+        network.blocks, bounds.preactivations, trace.c, trace.g, trace.weight, strict=True
+    ):
+        region, fed = boxed(before), block.activation.feeding(c)
+        on = (block.activation.phase(region) > 0).astype(c.dtype)
+        squares = jnp.sum(fed**2, axis=0)
+        missing = (g - jnp.sum(on * fed, axis=0)) / jnp.where(squares > 0, squares, 1)
+        slopes.append(on + jnp.where(squares > 0, missing, 0)[None] * fed)
+        share = 0 if region.radius is None else weight * region.ball / jnp.maximum(length(c), 1e-30)
+        log_weights.append(jnp.log(jnp.clip(share, LEAST_WEIGHT, 1 / LEAST_WEIGHT)))
+    return begin(tuple(slopes), jnp.stack(log_weights) if log_weights else None)
+
+
+def climb(network: Network, bounds: Bounds, label: Array, rival: Array, state: Climb, num_steps: int, of: int) -> Climb:
+    """Some of the steps of an ascent of one pair.
+
+    Args:
+        network: the classifier.
+        bounds: of one example.
+        label: integer scalar.
+        rival: integer scalar.
+        state: before them.
+        num_steps: how many.
+        of: the number of all, by which the rates fall.
+    """
+    adam = _adam(of)
+
+    def loss(moved: tuple) -> Array:
+        return -value(network, bounds, pull(network, bounds, label, rival, free(*moved)))
+
+    def step(_: int, state: Climb) -> Climb:
+        moved = state.slopes, state.log_weights
+        updates, moments = adam.update(jax.grad(loss)(moved), state.adam)
+        return Climb(*optax.apply_updates(moved, updates), moments)
+
+    return lax.fori_loop(0, num_steps, step, state)
+
+
+def finish(network: Network, bounds: Bounds, label: Array, rival: Array, state: Climb) -> tuple[Array, Multipliers]:
+    """The margin of one pair after an ascent, with the best weights for its multipliers, and both of them."""
+
+    def choose(place: int, activation: Activation, c: Array, region: Region) -> tuple[Array, Array]:
+        g, _ = free(state.slopes, state.log_weights)(place, activation, c, region)
+        g = jnp.where(region.live, g, 0)
+        return g, best_weight(activation, c, g, region)
+
+    trace = pull(network, bounds, label, rival, choose)
+    return value(network, bounds, trace), Multipliers(trace.g, trace.weight)
+
+
+def pairs_at_once(network: Network, itemsize: int = 4) -> int:
+    """How many pairs of example and rival may be ascended together."""
+    neurons = sum(math.prod(block.affine.out_shape) + math.prod(block.affine.in_shape) for block in network.blocks)
+    return max(1, MEMORY // max(1, neurons * itemsize * ARRAYS_PER_PAIR))
+
+
+def _adam(num_steps: int) -> optax.GradientTransformation:
+    slopes, weights = (
+        optax.adam(optax.cosine_decay_schedule(rate, max(1, num_steps), LAST_RATE), eps=NOISE)
+        for rate in (SLOPE_RATE, WEIGHT_RATE)
+    )
+    return optax.partition({"slopes": slopes, "weights": weights}, ("slopes", "weights"))

@@ -1,0 +1,175 @@
+"""Rounding: what finite precision may add to a bound, so that a certificate holds for the computed network as well.
+
+A certificate is about three computations at once: in exact arithmetic, in the float32 of the network that is used, and
+in the float64 of the certification pass, whose result at the input is the center. A region contains the activations of
+all three, anywhere in the ball: what an affine layer may round widens its box and adds to the radius behind it. So a
+neuron is dead only if none of them can revive it, the dead coordinates of all three are equal, and what was rounded
+before a layer grows by the norm of the MASKED layer, like the perturbation itself.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from lipjax.floating_point import SMALLEST64, UNIT32, UNIT64, gamma, highest
+from lipjax.networks.graph import Network
+from lipjax.networks.layers import Affine, Dense
+from lipjax.networks.linear_maps import length
+from lipjax.networks.regions import Region
+
+MORE = 1 + 1e-3  # leaves room for the same errors in float64, which are smaller by 2^-29
+UP = 1 + 2.0**-40  # what a few operations of float64 may round down
+LARGEST32 = 2.0**126  # a fourth of the largest float32 number
+SMALLEST32 = 2.0**-126  # below it float32 results lose digits, or are flushed to zero
+
+
+def check_range(network: Network) -> None:
+    """Raises ValueError unless all parameters are zero, not finite, or of a magnitude whose products float64 holds."""
+    for leaf in jax.tree.leaves(network):
+        sizes = np.abs(np.asarray(leaf, np.float64))
+        odd = sizes[(sizes > 0) & np.isfinite(sizes) & ((sizes < 1e-60) | (sizes > 1e60))]
+        if odd.size:
+            raise ValueError(
+                f"a parameter of the network is {odd[0]:g}; expected magnitudes from 1e-60 to 1e60, or zero: products "
+                "of others leave float64; rescale the layers"
+            )
+
+
+def widen(before: Region, layer: Affine, entering: Region) -> Region:
+    """The region before an activation, its box widened by what may be rounded there.
+
+    In float32, by :func:`output_errors`. In this pass a bound is that of the box, |W mid + b| + |W| half, or that
+    of the ball, |W center + b| + radius ||row||: sums of ``layer.terms`` products and a few operations. The terms
+    of the first sum up to at most 2 (|W| A + |b|) with A the largest magnitudes that enter; those of the second to
+    at most 3 of it where it is the tighter one, because there radius ||row|| is no more than the width of the box.
+    """
+    lower, upper = before.box
+    own = 4 * gamma(layer.terms + 8, UNIT64) * magnitude(layer, entering) + SMALLEST64
+    slack = output_errors(layer, entering) + own
+    return dataclasses.replace(before, lower=lower - slack, upper=upper + slack)
+
+
+def magnitude(layer: Affine, entering: Region) -> Array:
+    """``|W| A + |b|``: no output of the layer, nor any partial sum of it, is larger over the region."""
+    lower, upper = entering.box
+    return layer.absolute(jnp.maximum(jnp.abs(lower), jnp.abs(upper))) + jnp.abs(layer.shift)
+
+
+def output_errors(layer: Affine, entering: Region) -> Array:
+    """How far each float32 output of a layer may be from the exact one for the same float32 input (out_shape).
+
+    Reference:
+        Higham, Accuracy and Stability of Numerical Algorithms, section 3.1.
+    """
+    # |W| |a| + |b| over the box, or over the ball, whichever is smaller.
+    around = _around(layer, entering) + layer.row_norms(entering.live) * entering.ball
+    return _relative(layer) * jnp.minimum(magnitude(layer, entering), around) + _flushed(layer, entering)
+
+
+def adjoint_errors(layer: Affine, entering: Region, unit: float = UNIT64) -> Array:
+    """What the dual's products with a layer may round, for each unit of its multipliers (out_shape).
+
+    ``W^T g`` and ``<g, b>`` are off by at most gamma ``|W|^T |g|`` and gamma ``<|g|, |b|>``: by ``<|g|, gamma (|W| A +
+    |b|)>`` together, whatever activation of at most A meets the first.
+
+    Args:
+        layer: the affine layer.
+        entering: the region before it.
+        unit: unit roundoff of the evaluation.
+    """
+    return 2 * gamma(max(layer.terms, layer.adjoint_terms), unit) * magnitude(layer, entering)
+
+
+def error_norm(layer: Affine, entering: Region, rows: Array) -> Array:
+    """The same for all outputs that matter together, as an l2 norm: what the layer adds to the radius behind it.
+
+    Args:
+        layer: the affine layer; activations after it are exact.
+        entering: the region before it.
+        rows: which outputs matter, boolean (out_shape).
+    """
+    around = length(jnp.where(rows, _around(layer, entering), 0)) + absolute_norm(layer) * entering.ball
+    each, tiny = (length(jnp.where(rows, some(layer, entering), 0)) for some in (output_errors, _flushed))
+    return jnp.minimum(each, _relative(layer) * around + tiny)
+
+
+def _around(layer: Affine, entering: Region) -> Array:
+    """``|W| |center| + |b|``."""
+    return layer.absolute(jnp.abs(entering.center)) + jnp.abs(layer.shift)
+
+
+def _flushed(layer: Affine, entering: Region) -> Array:
+    """What is lost per output where numbers below the smallest normal one count as zero: products and their factors.
+
+    The constant of a dead neuron may be such a factor too: it is the same in all computations until it is read here.
+    Of a product and the addition behind it only one can lose as much: what is added to a flushed product is exact.
+    """
+    lower, upper = entering.box
+    largest = jnp.max(jnp.maximum(jnp.abs(lower), jnp.abs(upper)))
+    weights = layer.absolute(jnp.ones(layer.in_shape, layer.kernel.dtype))
+    return SMALLEST32 * (weights + layer.terms * (1 + largest) + 1)
+
+
+def _relative(layer: Affine) -> float:
+    """What float32 may be off, relative to |W| |a| + |b|, and float64 after it."""
+    return MORE * gamma(layer.terms + 1, UNIT32)
+
+
+def without_overflow(region: Region, largest: Array) -> Region:
+    """The region, finite only where no float32 number that leads to it can overflow.
+
+    Args:
+        region: what is computed.
+        largest: bounds of all exact partial sums, as of :func:`magnitude`; those of float32 are at most twice as large.
+    """
+    fits = jnp.all(largest < LARGEST32)  # false for NaN
+    return dataclasses.replace(region, finite=region.finite & fits)
+
+
+def sum_errors(joined: Region, kept: Region) -> Array:
+    """How far each float32 entry of a residual sum x + f(x) may be from the exact sum of the same two numbers.
+
+    Args:
+        joined: the region of the sum.
+        kept: the region of x; its box was cut to its ball in float64.
+    """
+    lower, upper = joined.box
+    largest = jnp.maximum(jnp.abs(lower), jnp.abs(upper))
+    cut = jnp.abs(kept.center) + jnp.where(kept.live, kept.ball, 0)
+    slack = MORE * UNIT32 * largest + 8 * UNIT64 * cut  # the cut is center -+ ball: two operations
+    return jnp.where(slack == 0, 0, slack + 2 * SMALLEST32)
+
+
+def widen_sum(joined: Region, slack: Array) -> Region:
+    """The region of a residual sum, box and ball widened by :func:`sum_errors`.
+
+    A sum of two constants is one, but not the same in float32 and in exact arithmetic: unless both are zero, it counts
+    as varying.
+    """
+    lower, upper = joined.box
+    radius = UP * (joined.ball + length(slack))
+    live = joined.live | ~(slack == 0)
+    return dataclasses.replace(joined, lower=lower - slack, upper=upper + slack, radius=radius, live=live)
+
+
+def logit_errors(head: Dense, features: Region) -> Array:
+    """How far each float32 logit may be from the exact one for the same float32 features (classes,).
+
+    With room for the rounding of the margins, which are float64 and of the size of these sums or of the ball's part:
+    up to 2^23 terms of 2^-53 each are 2^-30 of it.
+    """
+    ball = head.row_norms(jnp.ones(head.in_shape, bool)) * features.ball
+    return output_errors(head, features) + 2.0**-30 * ball
+
+
+def absolute_norm(layer: Affine) -> Array:
+    """Upper bound of || |W| ||, by the Schur test: sqrt(largest row sum * largest column sum)."""
+    positive = dataclasses.replace(layer, kernel=jnp.abs(layer.kernel))
+    rows = highest(positive.linear(jnp.ones(layer.in_shape, layer.kernel.dtype)))
+    columns = highest(positive.adjoint()(jnp.ones(layer.out_shape, layer.kernel.dtype)))
+    return jnp.sqrt(rows * columns) * (1 + 1e-9)

@@ -1,0 +1,76 @@
+"""The rule: multipliers of the dual from a few trained numbers, so that training keeps nothing per example.
+
+Predictor and verifier are trained together, as in Dvijotham et al. ("Training verified learners with learned
+verifiers", 2018). The verifier is two numbers per neuron, for the slopes ``sigmoid(offset + 4 sharpness phase)``, and
+one per block, for the weight of its ball.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from lipjax.bounds import ascent
+from lipjax.bounds.dual import boxed, pull, value
+from lipjax.bounds.propagation import Bounds
+from lipjax.networks.graph import Network
+from lipjax.networks.regions import Region
+
+OFFSET, SHARPNESS = -1.0, 1.0  # before training
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """Two numbers for each neuron, in arrays shaped like the pre-activations of each block, and one for each block.
+
+    Attributes:
+        offset: at a phase of 0.
+        sharpness: how fast the slope goes from 0 to 1 with the phase.
+        log_weights: logarithms of mu r / ||c|| (blocks,), as of :class:`lipjax.bounds.ascent.Climb`.
+    """
+
+    offset: tuple[Array, ...]
+    sharpness: tuple[Array, ...]
+    log_weights: Array
+
+    def slopes(self, network: Network, bounds: Bounds) -> tuple[Array, ...]:
+        """Slopes (k, *shape of the pre-activations) of each block, for one example; see :mod:`lipjax.bounds.ascent`.
+
+        The phases carry no gradient.
+        """
+        slopes = []
+        for block, before, offset, sharpness in zip(
+            network.blocks, bounds.preactivations, self.offset, self.sharpness, strict=True
+        ):
+            phase = lax.stop_gradient(block.activation.phase(boxed(before)))
+            slopes.append(jax.nn.sigmoid(offset[None] + 4 * sharpness[None] * phase))
+        return tuple(slopes)
+
+    def margins(self, network: Network, bounds: Bounds, label: Array, rivals: Array) -> Array:
+        """Dual margins against some rivals (R,), for one example.
+
+        Differentiable in the rule and in the network, except that the boxes carry no gradient: it would make steps
+        longer, and certifies no more (``results/dual``).
+
+        Soundness:
+            Lower bounds, if the bounds are; up to rounding.
+        """
+        bounds = dataclasses.replace(bounds, preactivations=tuple(map(_fixed_box, bounds.preactivations)))
+        choose = ascent.free(self.slopes(network, bounds), self.log_weights)
+        return jax.vmap(lambda rival: value(network, bounds, pull(network, bounds, label, rival, choose)))(rivals)
+
+
+def initial_rule(network: Network) -> Rule:
+    """The rule before training."""
+    shapes = [block.affine.out_shape for block in network.blocks]
+    values = (tuple(jnp.full(shape, value, jnp.float32) for shape in shapes) for value in (OFFSET, SHARPNESS))
+    return Rule(*values, jnp.zeros(len(shapes), jnp.float32))
+
+
+def _fixed_box(region: Region) -> Region:
+    """The same region, with a box that carries no gradient."""
+    return dataclasses.replace(region, lower=lax.stop_gradient(region.lower), upper=lax.stop_gradient(region.upper))

@@ -1,0 +1,287 @@
+"""Robustness: what one asks of a network, for batches: Lipschitz constants, certificates, radii."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import numbers
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from lipjax.bounds import propagation
+from lipjax.bounds.rule import Rule
+from lipjax.certification.certificates import Certificate
+from lipjax.certification.certifier import Certifier
+from lipjax.certification.keys import check_start_key
+from lipjax.certification.pairs import Ascent
+from lipjax.certification.radius import certified_radii
+from lipjax.certification.stages import BOUNDING, Batch, Dual, Global, Local, checked_names, climb, no_evidence
+from lipjax.networks.graph import Network
+from lipjax.networks.regions import (
+    check_domain,
+    check_pixels,
+    l2_ball,
+)
+
+
+def certify(
+    network: Network,
+    x: Array,
+    label: Array,
+    eps: Array | float,
+    *,
+    level: str = "probabilistic",
+    delta: float = 1e-6,
+    key: Array | None = None,
+    rtol: float = 1e-3,
+    stages: Sequence[str] | None = None,
+    dual_steps: int = 60,
+    rule: Rule | None = None,
+    domain: str = "ball",
+) -> Certificate:
+    """Bound the worst-case margins of a batch on its eps-balls.
+
+    Stage by stage, each for the examples that those before have not certified: the norms of the whole layers, norms of
+    each example's own, and the dual with those norms.
+
+    Args:
+        network: the classifier.
+        x: inputs (B, ...) in [0, 1] pixels.
+        label: integers (B,).
+        eps: l2 radius, in pixels.
+        level: ``"probabilistic"``, ``"deterministic"`` or ``"estimate"``: what the spectral norms are worth.
+        delta: total probability that anything returned is wrong, for ``"probabilistic"``.
+        key: draws the random starts; not used for anything else, and independent of x and of the network.
+        rtol: relative gap at which a norm is tight enough.
+        stages: some of ``("global", "local", "dual")``, in this order; default all, at level ``"estimate"`` the first
+            two.
+        dual_steps: steps of ascent for each rival, in the dual.
+        rule: trained slopes that the dual may start from.
+        domain: ``"ball"``, the whole l2 ball, or ``"pixels"``, what of it lies in [0, 1]: the claim is about those
+            inputs alone.
+
+    Returns:
+        A certificate for each example, with the smallest Lipschitz constant that was computed and the largest lower
+        bound of the worst margin. A tie, a wrong prediction and a NaN or infinity on the way are not certified.
+
+    Soundness:
+        See ``level``: with ``"probabilistic"`` all bounds hold together with a probability of at least 1 - delta over
+        the key, with ``"deterministic"`` always, for exact and for float32 inference (docs/soundness.md);
+        ``"estimate"`` is no proof.
+
+    Raises:
+        TypeError: x is traced, or no float32 or float64.
+        ValueError: x is not a batch of inputs of the network, the labels do not fit it, or an option cannot be used.
+    """
+    _check(network, x, eps)
+    _check_classes(network, x, label)
+    names = _stages(stages, level)
+    certifier = Certifier(network, len(x), level=level, delta=delta, key=key, rtol=rtol, domain=domain)
+    check_domain(x, domain)
+    known = {"global": Global(eps), "local": Local(eps), "dual": Dual(eps, _ascent(dual_steps, rule))}
+    evidence = no_evidence(certifier, np.asarray(label))
+    climb(tuple(known[name] for name in names), certifier, evidence, functools.partial(_whole, x, label))
+    found = evidence.certificate(level, domain)
+    return dataclasses.replace(
+        found,
+        prediction=jnp.asarray(found.prediction),
+        worst_margin=_outward(found.worst_margin, -np.inf),
+        lipschitz=_outward(found.lipschitz, np.inf),
+        certified=jnp.asarray(found.certified),
+    )
+
+
+def certified_radius(
+    network: Network,
+    x: Array,
+    label: Array,
+    *,
+    max_eps: float | None = None,
+    tol: float = 1e-3,
+    max_rounds: int = 20,
+    stages: Sequence[str] | None = None,
+    dual_steps: int = 60,
+    rule: Rule | None = None,
+    **options: Any,
+) -> Array:
+    """The largest eps of each example that passed the test of :func:`certify` in a bisection.
+
+    The search starts at the radius that the global norms certify, doubles until the test refuses, and halves the
+    interval that is left. A certificate at one radius is one at every smaller radius.
+
+    Args:
+        network: the classifier.
+        x: inputs (B, ...) in [0, 1] pixels.
+        label: integers (B,).
+        max_eps: no larger radius is tried; default the diameter of the pixel range.
+        tol: width of the last interval, in pixels.
+        max_rounds: tests per example; delta is divided by them in advance.
+        stages: which tests there are, ``dual_steps`` and ``rule`` likewise as of :func:`certify`. The dual goes on from
+            radius to radius with the multipliers that it has found.
+        dual_steps: steps of ascent for each rival and radius.
+        rule: trained slopes that the dual may start from.
+        **options: ``level``, ``delta``, ``key``, ``rtol`` and ``domain`` as of :func:`certify`.
+
+    Returns:
+        Shape (B,): 0 where the prediction is not the label, or nothing passed.
+
+    Soundness:
+        As of :func:`certify`, for all examples and rounds together.
+
+    Raises:
+        TypeError: x is traced, or no float32 or float64.
+        ValueError: as of :func:`certify`, or max_eps, tol or max_rounds is not more than 0.
+    """
+    _check(network, x, 0.0)
+    _check_classes(network, x, label)
+    for name, value in (("max_eps", math.sqrt(x[0].size) if max_eps is None else max_eps), ("tol", tol)):
+        if not (isinstance(value, numbers.Real) and value > 0 and math.isfinite(value)):
+            raise ValueError(f"{name}={value!r} cannot be used; give a finite number more than 0, in pixels")
+    if not (isinstance(max_rounds, numbers.Integral) and max_rounds > 0):
+        raise ValueError(f"max_rounds={max_rounds!r} cannot be used; give an integer more than 0")
+    names, ascent = _stages(stages, options.get("level", "probabilistic")), _ascent(dual_steps, rule)
+    certifier = Certifier(network, len(x), rounds=max_rounds, **options)
+    check_domain(x, certifier.domain)
+    batch = (np.asarray(x), np.asarray(label), np.arange(len(x)))
+    radii = certified_radii(certifier, *batch, max_eps=max_eps, tol=tol, stages=names, options=ascent)
+    return _outward(radii, -np.inf)
+
+
+def local_lipschitz(network: Network, x: Array, eps: Array | float, **options: Any) -> Array:
+    """The local Lipschitz constant of the feature map (last dense layer excluded) on the eps-ball around each input.
+
+    The product of the norms of the layers with the rows and columns dropped whose neurons are constant on the ball:
+    ``||phi(x') - phi(x'')|| <= L ||x' - x''||`` for any two points of the ball [H21 Eq 6].
+
+    Args:
+        network: the classifier.
+        x: inputs (B, ...), in [0, 1] pixels.
+        eps: l2 radius of the balls, in pixels.
+        **options: ``level``, ``delta``, ``key`` and ``rtol`` as of :func:`certify`. With ``level="estimate"`` the
+            function may be traced (``jit``, ``vmap``, ``grad``).
+
+    Returns:
+        Shape (B,).
+
+    Soundness:
+        As of :func:`certify`.
+
+    Raises:
+        TypeError: x is traced at a level that is a bound, or no float32 or float64.
+        ValueError: x is not a batch of inputs of the network, or an option cannot be used.
+    """
+    _check(network, x, eps, traced=options.get("level") == "estimate")
+    if options.get("level") == "estimate":
+        norm = _estimate(**options)
+        return jax.vmap(lambda one: propagation.propagate(network, l2_ball(one, eps), norm).lipschitz)(x)
+    label = jnp.zeros(len(x), jnp.int32)
+    certifier = Certifier(network, len(x), **options)
+    return _outward(certifier.locally(x, label, eps, jnp.arange(len(x))).certificate.lipschitz, np.inf)
+
+
+def global_lipschitz(network: Network, **options: Any) -> Array:
+    """The product of the norms of the whole layers up to the features: a constant for any two inputs.
+
+    Args:
+        network: the classifier.
+        **options: ``level``, ``delta``, ``key`` and ``rtol`` as of :func:`certify`.
+
+    Returns:
+        Scalar.
+
+    Soundness:
+        As of :func:`certify`.
+    """
+    if options.get("level") == "estimate":
+        return jnp.asarray(network.lipschitz(propagation.global_norms(network, _estimate(**options))[0]))
+    return _outward(np.float64(Certifier(network, 0, **options).global_lipschitz), np.inf)
+
+
+def _stages(stages: Sequence[str] | None, level: str) -> tuple[str, ...]:
+    """The names of the stages of a level."""
+    if stages is None:
+        return BOUNDING if level != "estimate" else ("global", "local")
+    names = checked_names(stages, BOUNDING)
+    if level == "estimate" and "dual" in names:
+        raise ValueError(
+            f"stages={','.join(names)} end in a proof, which level='estimate' is not; leave out 'dual', or give a "
+            "level that is a bound"
+        )
+    return names
+
+
+def _ascent(dual_steps: int, rule: Rule | None) -> Ascent:
+    if not (isinstance(dual_steps, numbers.Integral) and dual_steps >= 0):
+        raise ValueError(f"dual_steps={dual_steps!r} cannot be used; give an integer of at least 0")
+    return Ascent(int(dual_steps), rule)
+
+
+def _whole(x: Array, label: Array, places: np.ndarray, title: str) -> Iterator[tuple[np.ndarray, Batch]]:
+    """One batch of some places, filled up by repeating to the size of all, so that little is compiled."""
+    del title
+    if places.size:
+        index = np.resize(places, len(x))
+        yield places, Batch(np.asarray(x)[index], np.asarray(label)[index], index)
+
+
+def _estimate(
+    *, level: str, key: Array | None = None, delta: float | None = None, rtol: float | None = None
+) -> propagation.Estimate:
+    """The norm of level ``estimate`` in traced code; delta and rtol have no meaning there."""
+    del level, delta, rtol
+    key = jax.random.key(0) if key is None else key
+    check_start_key(key)
+    return propagation.Estimate(key)
+
+
+def _check(network: Network, x: Array, eps: Array | float, *, traced: bool = False) -> None:
+    """Raises unless x is a batch of pixels and eps one radius, both finite, and known unless they may be traced."""
+    unknown = isinstance(x, jax.core.Tracer) or isinstance(eps, jax.core.Tracer)
+    if unknown and not traced:
+        raise TypeError(
+            "certificates are computed outside of traced code; under jit, vmap or grad use lipjax.propagate, or "
+            "lipjax.local_lipschitz with level='estimate'"
+        )
+    propagation.check_batch(network, x)
+    check_pixels(x)
+    if not len(x):
+        raise ValueError("x is an empty batch; expected at least one input")
+    if np.ndim(eps):
+        raise ValueError(f"eps has shape {np.shape(eps)}; expected one radius for the whole batch")
+    if unknown:
+        return
+    if isinstance(eps, str) or not eps >= 0 or math.isinf(eps):
+        raise ValueError(f"eps is {eps!r}; expected a finite radius of at least 0, in [0, 1] pixels")
+    wrong = ~np.isfinite(np.asarray(x)).reshape(len(x), -1).all(axis=1)
+    if wrong.any():
+        raise ValueError(f"x[{np.flatnonzero(wrong)[0]}] holds NaN or infinity; expected pixels in [0, 1]")
+
+
+def _check_classes(network: Network, x: Array, label: Array) -> None:
+    """Raises ValueError unless there are classes to tell apart, and the labels are some of them."""
+    if network.num_classes < 2:
+        raise ValueError(
+            f"the network has {network.num_classes} logit, and a margin is that between two; give a classifier of two "
+            "classes two logits, such as 0 and its own"
+        )
+    propagation.check_labels(network.num_classes, x, label)
+
+
+def _outward(values: np.ndarray, towards: float) -> Array:
+    """As float64, or as float32 rounded towards plus or minus infinity where 64 bits are not enabled."""
+    if jax.config.jax_enable_x64 or values.dtype == np.float32:
+        return jnp.asarray(values)
+    with np.errstate(over="ignore"):  # beyond the range of float32 it becomes infinite, or the largest number
+        narrow = values.astype(np.float32)
+    inward = narrow < values if towards > 0 else narrow > values
+    outward = np.where(inward, np.nextafter(narrow, np.float32(towards)), narrow)
+    # Numbers below the smallest normal one may be taken for zero by whoever reads them.
+    smallest = np.copysign(np.finfo(np.float32).smallest_normal, np.float32(towards))
+    tiny = (np.abs(outward) < np.abs(smallest)) & (values != 0)
+    return jnp.asarray(np.where(tiny, np.where(np.sign(values) == np.sign(smallest), smallest, 0), outward))

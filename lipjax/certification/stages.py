@@ -1,0 +1,314 @@
+"""Stages: the ladder of a certification; each gets what those before, which are cheaper, left undecided.
+
+A stage is a value with a name, the places that it asks for, and what it does with a batch of them: it writes what it
+finds into the evidence. A ladder is a tuple of stages.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
+
+import numpy as np
+from jax import Array
+
+from lipjax.certification.certificates import Certificate
+from lipjax.certification.certifier import Certifier, Found
+from lipjax.certification.masks import all_rows, rows_from_bits, rows_to_bits
+from lipjax.certification.pairs import Ascent
+
+NAMES = ("global", "attack", "local", "dual")
+BOUNDING = ("global", "local", "dual")  # those of them that certify
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """Some examples: inputs (B, ...) in [0, 1], labels (B,) and their places (B,). Places may repeat at the end."""
+
+    x: Array
+    label: Array
+    index: np.ndarray
+
+
+@dataclasses.dataclass
+class Evidence:
+    """What is known about N examples, in arrays of the host.
+
+    Attributes:
+        label: integers (N,).
+        prediction: of the network (N,), -1 where it is not known yet.
+        worst_margin: the largest lower bound of the worst margin that was found (N,).
+        lipschitz: the smallest constant of the feature map that was computed (N,).
+        certified: (N,).
+        broken_by_pgd: the paper's PGD found a wrong prediction (N,).
+        attacked: it or the stronger attack did (N,).
+        stage: what decided each example (N,): "prediction" (it is wrong), the name of a stage, or "undecided".
+        products: products with layers or their transposes that its norms took (N,).
+        dual_steps: steps of ascent of its dual margins, of all rivals (N,).
+        seconds: of all stages that saw it (N,).
+        local: it was bounded with norms of its own (N,).
+        sigmas: the least norms that are known (N, blocks).
+        rows: the rows that these are norms of, as bits (N, bytes).
+        live: share of varying neurons (N, blocks).
+        norm_products: products that each norm took (N, blocks).
+        radius: certified radii (N,), where they were asked for.
+        points: where PGD is (N, ...).
+    """
+
+    label: np.ndarray
+    prediction: np.ndarray
+    worst_margin: np.ndarray
+    lipschitz: np.ndarray
+    certified: np.ndarray
+    broken_by_pgd: np.ndarray
+    attacked: np.ndarray
+    stage: np.ndarray
+    products: np.ndarray
+    dual_steps: np.ndarray
+    seconds: np.ndarray
+    local: np.ndarray
+    sigmas: np.ndarray
+    rows: np.ndarray
+    live: np.ndarray
+    norm_products: np.ndarray
+    radius: np.ndarray
+    points: np.ndarray
+
+    @property
+    def undecided(self) -> np.ndarray:
+        """Which examples no stage has decided yet (N,)."""
+        return self.stage == "undecided"
+
+    @property
+    def correct(self) -> np.ndarray:
+        """Which predictions are known to be right (N,)."""
+        return self.prediction == self.label
+
+    def learn(self, name: str, places: np.ndarray, found: Found) -> None:
+        """Enter what a stage has found for the examples at some places, the first of the batch."""
+        new = found.certificate
+        prediction, margin, constant, certified = (
+            np.asarray(column)[: len(places)]
+            for column in (new.prediction, new.worst_margin, new.lipschitz, new.certified)
+        )
+        self.prediction[places] = prediction
+        # Where something overflowed, what was found is no bound of anything.
+        finite = found.finite[: len(places)] & np.isfinite(margin) & np.isfinite(constant)
+        self.worst_margin[places] = np.fmax(self.worst_margin[places], np.where(finite, margin, -np.inf))
+        self.lipschitz[places] = np.fmin(self.lipschitz[places], np.where(finite, constant, np.inf))
+        self.certified[places] |= certified
+        self.dual_steps[places] += found.dual_steps[: len(places)]
+        self._decide(places, ~self.correct[places], "prediction")
+        self._decide(places, certified, name)
+
+    def refute(self, places: np.ndarray, broken: np.ndarray) -> None:
+        """Enter for which examples at some places an attack has found a wrong prediction."""
+        self.attacked[places] |= broken
+        self._decide(places, broken, "attack")
+
+    def certificate(self, level: str, domain: str) -> Certificate:
+        """What is known as a certificate of all examples."""
+        return Certificate(self.prediction, self.worst_margin, self.lipschitz, self.certified, level, domain)
+
+    def _decide(self, places: np.ndarray, decided: np.ndarray, name: str) -> None:
+        self.stage[places] = np.where(decided & self.undecided[places], name, self.stage[places])
+
+
+def no_evidence(certifier: Certifier, label: np.ndarray, image_shape: tuple[int, ...] | None = None) -> Evidence:
+    """The evidence about examples with these labels before the first stage.
+
+    Args:
+        certifier: gives the norms of the whole layers.
+        label: integers (N,).
+        image_shape: of one example, where there will be attacks.
+    """
+    count, blocks = len(label), len(certifier.network.blocks)
+    zeros, false = (functools.partial(np.zeros, dtype=kind) for kind in (np.float64, bool))
+    return Evidence(
+        label=np.asarray(label),
+        prediction=np.full(count, -1, np.int32),
+        worst_margin=np.full(count, -np.inf),
+        lipschitz=np.full(count, np.inf),
+        certified=false(count),
+        broken_by_pgd=false(count),
+        attacked=false(count),
+        stage=np.full(count, "undecided", "U10"),
+        products=zeros(count),
+        dual_steps=np.zeros(count, np.int64),
+        seconds=zeros(count),
+        local=false(count),
+        sigmas=np.tile(certifier.sigmas, (count, 1)),
+        rows=np.tile(rows_to_bits(all_rows(certifier.network, 1)), (count, 1)),
+        live=zeros((count, blocks)),
+        norm_products=zeros((count, blocks)),
+        radius=zeros(count),
+        points=np.zeros((count, *(image_shape or (0,))), np.float32),
+    )
+
+
+class Stage(Protocol):
+    """One rung of the ladder."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def rounds(self) -> int:
+        """How often the stage goes through the examples; who was decided in one round is not asked in the next."""
+        ...
+
+    def title(self, round_: int) -> str:
+        """What the progress bar says."""
+        ...
+
+    def asks(self, evidence: Evidence, triage: bool) -> np.ndarray:
+        """Which examples it wants to see (N,)."""
+        ...
+
+    def __call__(self, certifier: Certifier, evidence: Evidence, places: np.ndarray, batch: Batch, round_: int) -> None:
+        """Enter into the evidence what a batch shows about the examples at these places, the first of the batch."""
+        ...
+
+
+@dataclasses.dataclass
+class Progress:
+    """How far a ladder was climbed.
+
+    Attributes:
+        rung: place of the stage that is under way.
+        round: of it.
+        visited: the examples that were seen in this round (N,).
+    """
+
+    rung: int
+    round: int
+    visited: np.ndarray
+
+
+# Batches of the examples at some places, under a title: the places, and the batch, filled up by repeating.
+Cohorts = Callable[[np.ndarray, str], Iterator[tuple[np.ndarray, Batch]]]
+
+
+def climb(
+    ladder: tuple[Stage, ...],
+    certifier: Certifier,
+    evidence: Evidence,
+    cohorts: Cohorts,
+    *,
+    triage: bool = True,
+    progress: Progress | None = None,
+    lap: Callable[[str, Progress], None] = lambda name, progress: None,
+) -> None:
+    """Take a ladder, from where it was left, and fill in the evidence.
+
+    Args:
+        ladder: the stages, in order.
+        certifier: of at least as many examples as there are.
+        evidence: what is known; changed in place.
+        cohorts: makes batches.
+        triage: ask for what is undecided alone.
+        progress: where to go on; default the first stage. Changed in place.
+        lap: called after each batch with the name of the stage.
+    """
+    count = len(evidence.label)
+    progress = Progress(0, 0, np.zeros(count, bool)) if progress is None else progress
+    while progress.rung < len(ladder):
+        stage = ladder[progress.rung]
+        while progress.round < stage.rounds:
+            places = np.flatnonzero(stage.asks(evidence, triage) & ~progress.visited)
+            for part, batch in cohorts(places, stage.title(progress.round)):
+                started = time.perf_counter()
+                stage(certifier, evidence, part, batch, progress.round)
+                evidence.seconds[part] += (time.perf_counter() - started) / len(part)
+                progress.visited[part] = True
+                lap(stage.name, progress)
+            progress.round, progress.visited = progress.round + 1, np.zeros(count, bool)
+        progress.rung, progress.round = progress.rung + 1, 0
+
+
+def checked_names(names: Sequence[str], known: Sequence[str] = NAMES) -> tuple[str, ...]:
+    """Names of stages in the order of the ladder, at least one of which certifies.
+
+    Raises:
+        ValueError: an unknown stage, one twice or in another order, or none that certifies.
+    """
+    names = (names,) if isinstance(names, str) else tuple(names)
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise ValueError(f"stages name {unknown[0]!r}, which is not known; give some of {', '.join(known)}")
+    if list(names) != [name for name in known if name in names]:
+        raise ValueError(f"stages={','.join(names)} are not in order; give each once, in the order {','.join(known)}")
+    if not set(names) & set(BOUNDING):
+        raise ValueError(f"stages={','.join(names)} certify nothing; give at least one of {', '.join(BOUNDING)}")
+    return names
+
+
+@dataclasses.dataclass(frozen=True)
+class Bounding:
+    """What the stages that bound have in common.
+
+    Attributes:
+        eps: l2 radius.
+    """
+
+    eps: float
+    name = "bounds"
+    rounds = 1
+
+    def title(self, round_: int) -> str:
+        return f"{self.name} bounds"
+
+    def asks(self, evidence: Evidence, triage: bool) -> np.ndarray:
+        return evidence.undecided if triage else np.ones(len(evidence.label), bool)
+
+
+@dataclasses.dataclass(frozen=True)
+class Global(Bounding):
+    """Certificates with the norms of the whole layers."""
+
+    name = "global"
+
+    def __call__(self, certifier: Certifier, evidence: Evidence, places: np.ndarray, batch: Batch, round_: int) -> None:
+        evidence.learn(self.name, places, certifier.globally(batch.x, batch.label, self.eps))
+
+
+@dataclasses.dataclass(frozen=True)
+class Local(Bounding):
+    """Certificates with norms of each example's own."""
+
+    name = "local"
+
+    def __call__(self, certifier: Certifier, evidence: Evidence, places: np.ndarray, batch: Batch, round_: int) -> None:
+        found = certifier.locally(batch.x, batch.label, self.eps, batch.index)
+        evidence.learn(self.name, places, found)
+        count = len(places)
+        evidence.products[places] += found.products[:count].sum(axis=1)
+        evidence.live[places], evidence.norm_products[places] = found.live[:count], found.products[:count]
+        evidence.sigmas[places], evidence.local[places] = found.sigmas[:count], True
+        evidence.rows[places] = rows_to_bits(found.rows)[:count]
+
+
+@dataclasses.dataclass(frozen=True)
+class Dual(Bounding):
+    """Certificates by the dual, with the norms that are known: those of the local stage, or of the whole layers.
+
+    Attributes:
+        options: of the ascent.
+    """
+
+    options: Ascent = dataclasses.field(default_factory=Ascent)
+    name = "dual"
+
+    def __call__(self, certifier: Certifier, evidence: Evidence, places: np.ndarray, batch: Batch, round_: int) -> None:
+        asked = np.arange(len(batch.index)) < len(places)
+        found = certifier.dually(
+            *(batch.x, batch.label, self.eps),
+            sigmas=evidence.sigmas[batch.index],
+            rows=rows_from_bits(certifier.network, evidence.rows[batch.index]),
+            options=self.options,
+            asked=asked,
+        )
+        evidence.learn(self.name, places, found)

@@ -1,0 +1,1 @@
+"""Runs from configs: data sets, architectures, the commands and what they write."""

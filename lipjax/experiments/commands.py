@@ -1,0 +1,117 @@
+"""The commands behind train.py and certify.py: arguments in, one line out where they are wrong."""
+
+from __future__ import annotations
+
+import argparse
+import pathlib
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+from lipjax.certification.stages import NAMES
+from lipjax.errors import InputError
+from lipjax.experiments import certifying, figures, runs, settings
+from lipjax.networks.regions import DOMAINS
+from lipjax.norms.levels import LEVELS
+
+DATA = "an .npz with images (n, H, W, C), uint8 or floats in [0, 1], and integer labels (n,), in place of a split"
+DOMAIN = "what is certified and attacked: the whole l2 ball (default), or what of it lies in the pixel range [0, 1]"
+LEVEL = "what the spectral norms are worth: bounds up to --delta (default), bounds, or the paper's estimates, no proof"
+
+
+class Parser(argparse.ArgumentParser):
+    """Errors are one line, without the usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message}; see --help")
+
+
+def run(command: Callable[[Parser, list[str]], None], doc: str | None, name: str) -> None:
+    """Run a command on the process's arguments; bad input is one line on stderr and exit status 2."""
+    parser = Parser(
+        prog=name, description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    try:
+        command(parser, sys.argv[1:])
+    except InputError as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+def train(parser: Parser, arguments: list[str]) -> None:
+    """``train.py``."""
+    parser.add_argument("--config", metavar="FILE[:METHOD]", required=True, help="a file of configs/, and a method")
+    parser.add_argument("--config.KEY", metavar="VALUE", help="override an entry of the config")
+    parser.add_argument("--workdir", type=pathlib.Path, help="folder of the run; default: a new one under runs/")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --workdir")
+    options, overrides = parser.parse_known_args(arguments)
+    if options.resume and options.workdir is None:
+        raise InputError("--resume needs --workdir, the folder of the run to go on with")
+    config = settings.parse([f"--config={options.config}", *overrides])
+    name = pathlib.Path(options.config.split(":")[0]).stem
+    workdir = options.workdir or runs.default_workdir(config, name)
+    runs.train(config, workdir, resume=options.resume)
+    figures.plot_learning_curves(workdir)
+    if config.certify.limit:
+        certifying.certify(workdir, limit=config.certify.limit)
+    print(f"\nrun: {workdir}\nmore: python certify.py --workdir {workdir}")
+
+
+def certify(parser: Parser, arguments: list[str]) -> None:
+    """``certify.py``."""
+    parser.add_argument("--workdir", type=pathlib.Path, required=True, help="folder of a run of train.py")
+    parser.add_argument("--eps", type=float, help="l2 radius in [0, 1] pixels; default: the config's")
+    images = parser.add_mutually_exclusive_group()
+    images.add_argument("--split", default="test", choices=("test", "train"), help="default: test")
+    images.add_argument("--data", type=pathlib.Path, help=DATA)
+    parser.add_argument("--limit", type=int, help="only the first so many images; default: all")
+    parser.add_argument("--batch-size", type=int, help="images per call; default: the config's")
+    parser.add_argument(
+        "--checkpoint",
+        default="best",
+        choices=("best", "last"),
+        help="default: best on validation, or last where there is none",
+    )
+    parser.add_argument("--output", type=pathlib.Path, help="folder of the files; default: --workdir")
+    parser.add_argument("--level", default="probabilistic", choices=LEVELS, help=LEVEL)
+    parser.add_argument(
+        "--delta", type=float, default=1e-6, help="probability that ANY certificate is wrong; default: 1e-6"
+    )
+    parser.add_argument(
+        "--rtol", type=float, default=1e-3, help="relative gap at which a norm is tight enough; default: 1e-3"
+    )
+    parser.add_argument("--stages", metavar="A,B", help=f"some of {','.join(NAMES)}, in this order; default: all")
+    parser.add_argument("--dual-steps", type=int, default=60, help="steps of the dual for each rival; default: 60")
+    parser.add_argument("--domain", default="ball", choices=DOMAINS, help=DOMAIN)
+    parser.add_argument("--resume", action="store_true", help="go on with a certification that was killed")
+    parser.add_argument("--no-triage", action="store_true", help="attack and bound what is already decided as well")
+    parser.add_argument("--seed", type=int, help="of the random starts of norms and attacks; default: the config's")
+    parser.add_argument("--radius", action="store_true", help="find the certified radius of each image as well")
+    options = parser.parse_args(arguments)
+    if options.dual_steps < 0:
+        raise InputError(f"--dual-steps={options.dual_steps} cannot be used; give at least 0")
+    certifying.certify(
+        options.workdir,
+        eps=options.eps,
+        split=options.split,
+        limit=options.limit,
+        batch_size=options.batch_size,
+        which=options.checkpoint,
+        output=options.output,
+        level=options.level,
+        delta=options.delta,
+        rtol=options.rtol,
+        triage=not options.no_triage,
+        radius=options.radius,
+        stages=options.stages.split(",") if options.stages else None,
+        dual_steps=options.dual_steps,
+        domain=options.domain,
+        resume=options.resume,
+        file=options.data,
+        seed=options.seed,
+    )
+    files = "certificates.npz, certificates.csv, summary.json, report.md" + (", curves.csv" if options.radius else "")
+    print(f"\nfiles: {options.output or options.workdir}/{files}")

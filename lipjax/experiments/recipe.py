@@ -1,0 +1,147 @@
+"""Recipes: the model and the method that a config describes, and the model of a run back from its checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from typing import Any
+
+from flax import nnx
+
+from lipjax.bounds import margins
+from lipjax.bounds.rule import Rule
+from lipjax.errors import InputError
+from lipjax.experiments import architectures, data, settings
+from lipjax.experiments.settings import Config
+from lipjax.reading import flax
+from lipjax.training import losses, methods, schedules, training_step
+from lipjax.training.checkpoints import Checkpoints, unflat
+from lipjax.training.methods import Method
+
+FORWARD = {
+    "pairwise_lipschitz": margins.pairwise_lipschitz,
+    "box_and_ball": margins.box_and_ball,
+    "lipschitz_margin": margins.lipschitz_margin,
+}
+WORST_CASE = {"gloro": losses.gloro, "cross_entropy": lambda logits, worst, label: losses.cross_entropy(worst, label)}
+UNBOUNDED = {"clean": methods.Standard, "adversarial": methods.Adversarial, "trades": methods.Trades}
+
+
+def model_of(config: Config, dataset: data.Dataset) -> nnx.Sequential:
+    """The Flax model of a config, freshly initialised from its seed."""
+    try:
+        return architectures.classifier(
+            config.model.architecture,
+            config.model.activation,
+            dataset.images.shape[1:],
+            dataset.num_classes,
+            theta=config.model.theta,
+            upper_clip=tuple(config.model.upper_clip),
+            lower_clip=tuple(config.model.lower_clip),
+            rngs=nnx.Rngs(config.seed),
+        )
+    except ValueError as error:
+        raise InputError(f"--config.model: {error}") from error
+
+
+def method_of(config: Config, num_steps: int) -> Method:
+    """What a config trains through, over the given number of steps.
+
+    Without bounds there is nothing to ramp up: the radius of attacks is the full one from the start.
+    """
+    schedule = config.schedule
+    bounded = config.method.loss not in UNBOUNDED
+    learning_rate = schedules.constant_then_exponential(
+        num_steps, schedule.constant, schedule.learning_rate, schedule.learning_rate_end
+    )
+    start, kappa, kappa_end = (0.0, schedule.kappa, schedule.kappa_end) if bounded else (config.eps_train, 0.0, 0.0)
+    return Method(
+        objective=objective_of(config),
+        validation=validation_of(config),
+        eps=schedules.ramp(num_steps, schedule.warmup, schedule.ramp, start, config.eps_train),
+        kappa=schedules.ramp(num_steps, schedule.warmup, schedule.ramp, kappa, kappa_end),
+        learning_rate=learning_rate,
+        optimizer=training_step.adam(learning_rate),
+        crop_padding=config.data.crop_padding,
+    )
+
+
+def objective_of(config: Config) -> methods.Objective:
+    """What a step of a config minimises."""
+    method, options = config.method, config.power_iteration
+    iterations = methods.Iterations(
+        num_iters=options.num_iters,
+        global_iters=options.global_iters,
+        noise=options.noise,
+        saved=options.start == "saved",
+        global_layers=tuple(options.global_layers),
+    )
+    if method.loss in UNBOUNDED:
+        return UNBOUNDED[method.loss](iterations)
+    return methods.Bounded(
+        iterations,
+        local=method.norms == "local",
+        box=settings.has_box(method),
+        ball=method.norms != "none",
+        margins=margins_of(config),
+        head_norm=method.margins == "lipschitz_margin",
+        loss=WORST_CASE[method.loss],
+        sparsity=config.sparsity.weight,
+        sparsity_theta=config.sparsity.weight_theta,
+    )
+
+
+def validation_of(config: Config) -> methods.Objective:
+    """What the validation split of a config is judged by: the same, against all rivals."""
+    objective = objective_of(config)
+    if isinstance(objective, methods.Bounded) and isinstance(objective.margins, methods.DualMargins):
+        thorough = dataclasses.replace(objective.margins, num_rivals=None)
+        return dataclasses.replace(objective, margins=thorough)
+    return objective
+
+
+def margins_of(config: Config) -> methods.Margins:
+    """How a config bounds margins in training."""
+    if config.method.margins == "dual":
+        return methods.DualMargins(config.dual.num_rivals)
+    return methods.forward(FORWARD[config.method.margins])
+
+
+def restore_model(
+    workdir: pathlib.Path, config: Config, dataset: data.Dataset, which: str
+) -> tuple[nnx.Sequential, Rule | None, dict[str, Any]]:
+    """The trained model of a run.
+
+    Args:
+        workdir: the run's folder.
+        config: its config.
+        dataset: any split of its data set; gives the shape of an input.
+        which: ``"best"`` (by the validation split; the last one where there is none) or ``"last"``.
+
+    Returns:
+        The model, the trained slopes of the dual where it was trained through it, and the metadata of its checkpoint.
+
+    Raises:
+        InputError: no checkpoint.
+    """
+    folders = ["best", "last"] if which == "best" else ["last"]
+    items = ("params", "rule") if config.method.margins == "dual" else ("params",)
+    for name in folders:
+        folder = workdir / "checkpoints" / name
+        try:
+            found = Checkpoints(folder).restore(items) if folder.exists() else None
+        except InputError:
+            if name == "last":
+                raise
+            found = None  # said on the way; the last one may be whole
+        if found is not None:
+            arrays, facts = found
+            model = nnx.eval_shape(lambda: model_of(config, dataset))  # no initial values are drawn
+            state = nnx.state(model, nnx.Param)
+            nnx.replace_by_pure_dict(state, unflat(nnx.to_pure_dict(state), arrays["params"]))
+            nnx.update(model, state)
+            network = flax.from_flax(model, dataset.images.shape[1:])
+            like = objective_of(config).rule(network)
+            rule = None if like is None else unflat(like, arrays["rule"])
+            return model, rule, {**facts, "checkpoint": name}
+    raise InputError(f"no checkpoint in {workdir / 'checkpoints'}; train with --workdir {workdir} first")

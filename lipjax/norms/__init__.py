@@ -1,0 +1,1 @@
+"""How large a masked layer is: estimates and upper bounds of spectral norms."""

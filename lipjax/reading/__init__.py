@@ -1,0 +1,1 @@
+"""From Flax models to networks."""

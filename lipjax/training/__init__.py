@@ -1,0 +1,1 @@
+"""Training through bounds: losses, methods, the step and its state."""

@@ -1,0 +1,110 @@
+"""Losses of certified training, per example and unreduced."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from lipjax.floating_point import highest
+from lipjax.networks.activations import Activation, ClippedMaxMin, ClippedReLU, MaxMin, ReLU
+from lipjax.networks.regions import Region
+
+
+def cross_entropy(logits: Array, label: Array) -> Array:
+    """``-log softmax(logits)[label]``: the clean loss on clean logits, the worst-case loss on worst logits.
+
+    Args:
+        logits: (..., classes).
+        label: integers (...).
+
+    Returns:
+        Shape (...), natural logarithm.
+    """
+    return optax.softmax_cross_entropy_with_integer_labels(logits, label)
+
+
+def gloro(logits: Array, worst: Array, label: Array) -> Array:
+    """Cross entropy of the clean logits with one more class, "not certifiable": the largest worst logit of a rival.
+
+    Args:
+        logits: clean logits (classes,) of one example.
+        worst: worst logits (classes,), see :func:`lipjax.bounds.margins.worst_logits`.
+        label: integer scalar.
+
+    Returns:
+        Scalar. Below log 2 only where the example is certified.
+
+    Reference:
+        [H21] section 4 (Local-Lip-G). [GloRo] section 3 takes the rivals of the predicted class where this takes those
+        of the label, as the worst logits of [H21] do; the two are the same wherever the prediction is right.
+    """
+    rivals = jnp.arange(logits.shape[0]) != label
+    bottom = highest(jnp.where(rivals, worst, -jnp.inf))
+    return cross_entropy(jnp.append(logits, bottom), label)
+
+
+def mixed(clean: Array, worst: Array, kappa: Array | float) -> Array:
+    """``kappa clean + (1 - kappa) worst`` ([H21] Eq 25; the paper's lambda is 1 - kappa)."""
+    return kappa * clean + (1 - kappa) * worst
+
+
+def divergence(logits: Array, other: Array) -> Array:
+    """``KL(softmax(logits) || softmax(other))``, natural logarithm.
+
+    Args:
+        logits: (..., classes).
+        other: (..., classes).
+
+    Returns:
+        Shape (...).
+    """
+    return optax.losses.kl_divergence_with_log_targets(jax.nn.log_softmax(other), jax.nn.log_softmax(logits))
+
+
+def trades(clean: Array, attacked: Array, label: Array, beta: float) -> Array:
+    """``cross_entropy(clean) + beta KL(softmax(clean) || softmax(attacked))``.
+
+    Args:
+        clean: logits (..., classes).
+        attacked: logits (..., classes) of perturbed inputs.
+        label: integers (...).
+        beta: weight of the second term.
+
+    Returns:
+        Shape (...).
+
+    Reference:
+        Zhang, Yu, Jiao, Xing, El Ghaoui, Jordan, ICML 2019, Eq 5.
+    """
+    return cross_entropy(clean, label) + beta * divergence(clean, attacked)
+
+
+def sparsity(activation: Activation, preactivation: Region, weight_theta: Array | float) -> Array:
+    """How far the outputs of one layer are from being constant on the region, on average ([H21] Eq 12 and 26).
+
+    - ReLU: ``max(0, upper)``;
+    - clipped ReLU: ``max(0, upper) + weight_theta max(0, theta - lower)``;
+    - clipped MaxMin: ``weight_theta max(0, upper_clip - lower)`` of the maxima, ``max(0, upper - lower_clip)`` of the
+      minima, by the box between MaxMin and its clips;
+    - others have no way to be constant: 0.
+
+    Args:
+        activation: of the layer.
+        preactivation: the region before it, with its box.
+        weight_theta: weight of the terms about upper clips.
+
+    Returns:
+        Scalar; sum it over layers.
+    """
+    lower, upper = preactivation.box
+    if isinstance(activation, ClippedReLU):
+        return jnp.mean(jnp.maximum(upper, 0) + weight_theta * jnp.maximum(activation.theta - lower, 0))
+    if isinstance(activation, ReLU):
+        return jnp.mean(jnp.maximum(upper, 0))
+    if isinstance(activation, ClippedMaxMin):
+        (lower_max, _), (_, upper_min) = (jnp.split(MaxMin()(bound), 2, axis=-1) for bound in (lower, upper))
+        maxima = weight_theta * jnp.maximum(activation.upper_clip - lower_max, 0)
+        return jnp.mean(jnp.stack([maxima, jnp.maximum(upper_min - activation.lower_clip, 0)]))
+    return jnp.zeros((), lower.dtype)

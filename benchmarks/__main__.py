@@ -22,8 +22,9 @@ from lipjax.bounds import ascent, margins, propagation
 from lipjax.experiments import architectures
 from lipjax.networks import layers, linear_maps
 from lipjax.networks.regions import l2_ball
+from lipjax.norms import estimates
 from lipjax.reading import flax
-from lipjax.training import losses, methods, training_step
+from lipjax.training import losses, methods, objectives, training_step
 
 EPS, EXAMPLES = 1.58, 512
 
@@ -60,21 +61,15 @@ def step_parts(architecture: str, shape: tuple, batch_size: int, num_iters: int,
     x, labels = jnp.asarray(data.images[0][:batch_size], jnp.float32) / 255, jnp.asarray(data.labels[0][:batch_size])
     stored = tuple(table[0][:batch_size] for table in state.vectors)
 
-    def regions(network, norm):
-        def one(x, vectors):
-            return propagation.propagate(network, l2_ball(x, EPS), norm(vectors), propagation.full_row_norms).features
+    def regions(network, ask):
+        return propagation.propagate(network, l2_ball(x, EPS), ask, row_norms=propagation.full_row_norms).features
 
-        return jax.vmap(one)(x, stored)
-
-    sigmas = jnp.ones(len(vectors))
+    given = estimates.Given(jnp.ones(len(vectors)))
+    warm = estimates.WarmStarted(dict(enumerate(stored)), vectors, jax.random.key(0), num_iters)
     parts: dict[str, Callable] = {
         "forward pass": jax.jit(lambda network: network(x)),
-        "boxes": jax.jit(lambda network: regions(network, lambda _: propagation.Given(sigmas))),
-        "power iteration": jax.jit(
-            lambda network: regions(
-                network, lambda own: propagation.WarmStarted(own, vectors, jax.random.key(0), num_iters)
-            )
-        ),
+        "boxes": jax.jit(lambda network: regions(network, given)),
+        "power iteration": jax.jit(lambda network: regions(network, warm)),
         "clean gradient": jax.jit(jax.grad(lambda network: jnp.mean(losses.cross_entropy(network(x), labels)))),
     }
 
@@ -137,9 +132,9 @@ def ascent_step(architecture: str, shape: tuple, pairs: int, rounds: int, target
     x = jax.random.uniform(jax.random.key(0), (pairs, *shape))
     label, rivals = jnp.zeros(pairs, jnp.int32), jnp.ones((pairs, 1), jnp.int32)
     sigmas, _ = jax.jit(
-        lambda network: propagation.global_norms(network, propagation.RandomStarted(jax.random.key(0), 20))
+        lambda network: estimates.whole_norms(network.layers, estimates.RandomStarted(jax.random.key(0), 20))
     )(network)
-    found = jax.jit(jax.vmap(lambda x: propagation.propagate(network, l2_ball(x, EPS), propagation.Given(sigmas))))(x)
+    found = jax.jit(lambda x: propagation.propagate(network, l2_ball(x, EPS), estimates.Given(sigmas)))(x)
     climbs = {
         steps: jax.jit(lambda found, steps=steps: ascent.ascend(network, found, label, rivals=rivals, num_steps=steps))
         for steps in (5, 25)
@@ -194,7 +189,7 @@ def _stepping(
 
 
 def _method(num_iters: int, margin: methods.Margins) -> methods.Method:
-    rate, norms = optax.constant_schedule(1e-3), methods.Iterations(num_iters)
+    rate, norms = optax.constant_schedule(1e-3), objectives.Iterations(num_iters)
     objective = methods.Bounded(norms, local=True, box=True, ball=True, margins=margin, loss=losses.gloro)
     return methods.Method(
         objective=objective,

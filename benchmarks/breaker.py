@@ -99,16 +99,16 @@ def train(activation: str, seed: int) -> lipjax.Network:
 
     def objective(params: Any, vectors: tuple, x: Array, label: Array, eps: Array) -> tuple[Array, tuple]:
         network = lipjax.from_flax(nnx.merge(graphdef, params), SHAPE)
-        sigmas, vectors = lipjax.global_norms(network, lipjax.WarmStarted(vectors, None, key, num_iters=3))
+        own = {place: vector[None] for place, vector in enumerate(vectors)}
+        sigmas, vectors = lipjax.whole_norms(network.layers, lipjax.WarmStarted(own, None, key, num_iters=3))
+        features = lipjax.propagate(network, lipjax.l2_ball(x, eps).without_box(), lipjax.Given(sigmas)).features
 
-        def loss(x: Array, label: Array) -> Array:
-            region = lipjax.l2_ball(x, eps).without_box()
-            features = lipjax.propagate(network, region, lipjax.Given(sigmas)).features
+        def loss(features: lipjax.Region, label: Array) -> Array:
             logits = network.head(features.center)
             margins = lipjax.pairwise_lipschitz(network.head, features, label)
             return lipjax.gloro(logits, lipjax.worst_logits(logits, margins, label), label)
 
-        return jnp.mean(jax.vmap(loss)(x, label)), vectors
+        return jnp.mean(jax.vmap(loss)(features, label)), vectors
 
     @jax.jit
     def step(params: Any, state: Any, vectors: tuple, x: Array, label: Array, eps: Array) -> tuple:
@@ -116,7 +116,7 @@ def train(activation: str, seed: int) -> lipjax.Network:
         updates, state = optimizer.update(gradient, state, params)
         return optax.apply_updates(params, updates), state, vectors
 
-    layers = tuple(block.affine for block in lipjax.from_flax(model, SHAPE).blocks)
+    layers = lipjax.from_flax(model, SHAPE).layers
     like = jax.eval_shape(training_step.initial_vectors, layers, key)
     vectors = tuple(jnp.zeros(vector.shape) for vector in like)  # the first step starts from its noise
     state, rng = optimizer.init(params), np.random.default_rng(seed)
@@ -184,7 +184,7 @@ def attack(subject: Subject, points: float) -> tuple[dict[str, Any], dict[str, n
             broken.append((candidates[wrong], subject.x[wrong], subject.label[wrong], subject.radius[wrong]))
         kinds[kind] = counts
     figures = {
-        "layers": len(subject.network.blocks) + 1,
+        "layers": len(subject.network.layers) + 1,
         "images": len(subject.x),
         "radius": {
             name: float(f(subject.radius)) for name, f in (("least", min), ("median", np.median), ("most", max))

@@ -26,9 +26,10 @@ import numpy as np
 
 from lipjax.experiments.data import Dataset
 from lipjax.experiments.evaluation import evaluate
-from lipjax.networks.activations import ReLU
+from lipjax.networks.activations import ReLUActivation
 from lipjax.networks.graph import Network
-from lipjax.reading.assembly import Assembly
+from lipjax.networks.layers import convolution, dense
+from lipjax.reading.values import Value
 
 MEAN, DEVIATION = np.array([125.3, 123.0, 113.9]) / 255, 0.225  # of the CIFAR-10 inputs
 BATCH, DUAL_STEPS = 100, 150
@@ -114,24 +115,26 @@ def read_network(path: pathlib.Path, published: Published) -> Network:
     with np.load(path) as file:
         weights = {key: file[key].astype(np.float32) for key in file.files}
     names = [key.removesuffix(".weight") for key in weights if key.endswith(".weight")]
-    assembly, images = Assembly(published.shape), published.shape
+    value, images = Value.of_input(published.shape), published.shape
     if published.images == "cifar":
-        assembly.rescale(jnp.full(3, 1 / DEVIATION, jnp.float32), jnp.asarray(-MEAN / DEVIATION, jnp.float32))
+        value = value.rescaled(jnp.full(3, 1 / DEVIATION, jnp.float32), jnp.asarray(-MEAN / DEVIATION, jnp.float32))
     for place, name in enumerate(names):
         weight, bias = weights[f"{name}.weight"], weights[f"{name}.bias"]
         if weight.ndim == 4:
             stride, padding = published.strides[place]
-            assembly.convolution(weight.transpose(2, 3, 1, 0), bias, (stride,) * 2, ((padding,) * 2,) * 2)
-            images = assembly.shape
+            pads = ((padding,) * 2,) * 2
+            layer = convolution(jnp.asarray(weight.transpose(2, 3, 1, 0)), bias, value.shape, (stride,) * 2, pads)
+            images = layer.out_shape
         else:
-            if len(assembly.shape) == 3:  # ravelled with channels first there, last here
+            if len(value.shape) == 3:  # ravelled with channels first there, last here
                 height, width, channels = images
                 weight = weight.reshape(-1, channels, height, width).transpose(0, 2, 3, 1).reshape(len(weight), -1)
-                assembly.reshape((math.prod(images),))
-            assembly.dense(weight.T, bias)
+                value = value.reshaped((math.prod(images),))
+            layer = dense(jnp.asarray(weight.T), bias, value.shape)
+        value = value.affine(layer)
         if place < len(names) - 1:
-            assembly.activation(lambda shape: ReLU())
-    return assembly.network()
+            value = value.activation(ReLUActivation())
+    return value.network()
 
 
 def read_images(folder: pathlib.Path, published: Published) -> Dataset:

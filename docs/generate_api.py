@@ -10,19 +10,24 @@ import lipjax
 PAGE = pathlib.Path(__file__).parent / "api.md"
 GROUPS = {
     "Questions about a network": ("certify", "certified_radius", "local_lipschitz", "global_lipschitz", "Certificate"),
-    "Networks": ("from_flax", "Residual", "Network", "Block", "Fork", "Join"),
+    "Networks": ("from_flax", "register", "chain", "Graph", "Network", "Node", "Sum", "Concatenation"),
+    "Flax modules": ("ClippedReLU", "MaxMin", "ClippedMaxMin", "Residual"),
     "Certifying many examples": ("Certifier", "load_certificates"),
-    "Regions and bounds": ("l2_ball", "Region", "propagate", "Bounds", "masked_row_norms", "full_row_norms"),
-    "Norms in a pass": ("Estimate", "WarmStarted", "RandomStarted", "Given", "global_norms"),
+    "Regions and bounds": (
+        *("l2_ball", "Region", "Preactivation", "propagate", "Bounds", "EXACT", "FLOAT32"),
+        *("masked_row_norms", "full_row_norms"),
+    ),
+    "Norms in a pass": ("Estimate", "WarmStarted", "RandomStarted", "Given", "whole_norms"),
     "Spectral norms": ("LinearMap", "power_iteration", "converged_norm"),
     "Worst-case logits and losses": (
         *("box_and_ball", "pairwise_lipschitz", "lipschitz_margin", "worst_logits", "worst_margin"),
         *("cross_entropy", "gloro", "mixed", "trades", "sparsity"),
     ),
     "The dual": ("dual_margins", "ascend", "Multipliers", "Rule"),
-    "Layers": (
-        *("Dense", "Conv", "Scale", "dense", "convolution"),
-        *("Identity", "ReLU", "ClippedReLU", "MaxMin", "ClippedMaxMin", "MaxPool"),
+    "Layers": (*("Affine", "Bilinear", "Dense", "Conv", "Scale", "dense", "convolution"),),
+    "Activations": (
+        *("Activation", "Elementwise", "IdentityActivation", "ReLUActivation", "ClippedReLUActivation"),
+        *("MaxMinActivation", "ClippedMaxMinActivation", "MaxPoolActivation"),
     ),
     "Attacks": ("pgd", "attack"),
 }

@@ -5,71 +5,86 @@ example. The scripts ``train.py`` and ``certify.py`` are built from them.
 """
 
 from importlib.metadata import version as _version
+from typing import Any as _Any
 
+from lipjax.bounds.arithmetic import EXACT, FLOAT32
 from lipjax.bounds.ascent import ascend
 from lipjax.bounds.dual import Multipliers, dual_margins
 from lipjax.bounds.margins import box_and_ball, lipschitz_margin, pairwise_lipschitz, worst_logits, worst_margin
-from lipjax.bounds.propagation import (
-    Bounds,
-    Estimate,
-    Given,
-    RandomStarted,
-    WarmStarted,
-    full_row_norms,
-    global_norms,
-    masked_row_norms,
-    propagate,
-)
+from lipjax.bounds.propagation import Bounds, full_row_norms, masked_row_norms, propagate
 from lipjax.bounds.rule import Rule
 from lipjax.certification.attacks import attack, pgd
 from lipjax.certification.certificates import Certificate
 from lipjax.certification.certifier import Certifier
 from lipjax.certification.records import load_certificates
 from lipjax.certification.robustness import certified_radius, certify, global_lipschitz, local_lipschitz
-from lipjax.networks.activations import ClippedMaxMin, ClippedReLU, Identity, MaxMin, ReLU
-from lipjax.networks.graph import Block, Fork, Join, Network
-from lipjax.networks.layers import Conv, Dense, Scale, convolution, dense
-from lipjax.networks.linear_maps import LinearMap
-from lipjax.networks.pooling import MaxPool
-from lipjax.networks.regions import (
-    Region,
-    l2_ball,
+from lipjax.moved import look_up as _look_up
+from lipjax.networks.activations import (
+    Activation,
+    ClippedReLUActivation,
+    Elementwise,
+    IdentityActivation,
+    ReLUActivation,
 )
+from lipjax.networks.graph import Concatenation, Graph, Network, Node, Sum, chain
+from lipjax.networks.layers import Affine, Bilinear, Conv, Dense, Scale, convolution, dense
+from lipjax.networks.linear_maps import LinearMap
+from lipjax.networks.maxmin import ClippedMaxMinActivation, MaxMinActivation
+from lipjax.networks.pooling import MaxPoolActivation
+from lipjax.networks.regions import Preactivation, Region, l2_ball
+from lipjax.norms.estimates import Estimate, Given, RandomStarted, WarmStarted, whole_norms
 from lipjax.norms.spectral import (
     converged_norm,
     power_iteration,
 )
 from lipjax.reading.flax import from_flax
-from lipjax.reading.modules import Residual
+from lipjax.reading.modules import ClippedMaxMin, ClippedReLU, MaxMin, Residual
+from lipjax.reading.readers import register
 from lipjax.training.losses import cross_entropy, gloro, mixed, sparsity, trades
+
+
+def __getattr__(name: str) -> _Any:
+    return _look_up(name)
+
 
 __version__ = _version("lipjax")
 
 __all__ = [
-    "Block",
+    "EXACT",
+    "FLOAT32",
+    "Activation",
+    "Affine",
+    "Bilinear",
     "Bounds",
     "Certificate",
     "Certifier",
     "ClippedMaxMin",
+    "ClippedMaxMinActivation",
     "ClippedReLU",
+    "ClippedReLUActivation",
+    "Concatenation",
     "Conv",
     "Dense",
+    "Elementwise",
     "Estimate",
-    "Fork",
     "Given",
-    "Identity",
-    "Join",
+    "Graph",
+    "IdentityActivation",
     "LinearMap",
     "MaxMin",
-    "MaxPool",
+    "MaxMinActivation",
+    "MaxPoolActivation",
     "Multipliers",
     "Network",
+    "Node",
+    "Preactivation",
     "RandomStarted",
-    "ReLU",
+    "ReLUActivation",
     "Region",
     "Residual",
     "Rule",
     "Scale",
+    "Sum",
     "WarmStarted",
     "__version__",
     "ascend",
@@ -77,6 +92,7 @@ __all__ = [
     "box_and_ball",
     "certified_radius",
     "certify",
+    "chain",
     "converged_norm",
     "convolution",
     "cross_entropy",
@@ -85,7 +101,6 @@ __all__ = [
     "from_flax",
     "full_row_norms",
     "global_lipschitz",
-    "global_norms",
     "gloro",
     "l2_ball",
     "lipschitz_margin",
@@ -97,8 +112,10 @@ __all__ = [
     "pgd",
     "power_iteration",
     "propagate",
+    "register",
     "sparsity",
     "trades",
+    "whole_norms",
     "worst_logits",
     "worst_margin",
 ]

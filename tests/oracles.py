@@ -1,5 +1,6 @@
 """Dense float64 NumPy oracles, independent of the library's own arithmetic, and small random networks to try it on."""
 
+import dataclasses
 import functools
 
 import jax
@@ -7,13 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from lipjax import (
-    Block,
-    ClippedMaxMin,
-    ClippedReLU,
+    ClippedMaxMinActivation,
+    ClippedReLUActivation,
     Conv,
     Dense,
-    Network,
-    ReLU,
+    ReLUActivation,
+    chain,
     convolution,
     dense,
 )
@@ -113,19 +113,20 @@ class ClippedPairs:
         return rows.ravel(), outputs.ravel(), nearest
 
 
-def rule(block):
-    if isinstance(block.activation, ClippedMaxMin):
-        return ClippedPairs(block.activation, block.affine.out_shape)
-    clipped = isinstance(block.activation, ClippedReLU)
-    return Clip(np.asarray(block.activation.theta, np.float64).ravel() if clipped else np.inf)
+def rule(activation, shape):
+    if isinstance(activation, ClippedMaxMinActivation):
+        return ClippedPairs(activation, shape)
+    clipped = isinstance(activation, ClippedReLUActivation)
+    return Clip(np.asarray(activation.theta, np.float64).ravel() if clipped else np.inf)
 
 
 class DenseNetwork:
-    """A network as float64 matrices: the forward pass, and the region pass with exact norms."""
+    """A chain of layers and activations as float64 matrices: the forward pass, and the region pass with exact norms."""
 
     def __init__(self, network):
-        self.layers = [layer_matrix(block.affine) for block in network.blocks]
-        self.rules = [rule(block) for block in network.blocks]
+        self.layers = [layer_matrix(layer) for layer in network.layers]
+        pairs = zip(network.layers, network.activations, strict=True)
+        self.rules = [rule(activation, layer.out_shape) for layer, activation in pairs]
         self.head = layer_matrix(network.head)
 
     def activations(self, x):
@@ -242,31 +243,32 @@ def random_network(kind, seed, *, scale=1.0, shift=0.0, clip=0.5):
 
     def block(affine):
         if "relu" in kind:
-            return Block(affine, ReLU())
+            return affine, ReLUActivation()
         if "pairs" in kind:
             half = (*affine.out_shape[:-1], affine.out_shape[-1] // 2)
             clips = rng.uniform(-0.1, 2 * clip, half), rng.uniform(-2 * clip, 0.1, half)
-            return Block(affine, ClippedMaxMin(*(jnp.asarray(c, jnp.float32) for c in clips)))
-        return Block(affine, ClippedReLU(jnp.asarray(rng.uniform(-0.1, 2 * clip, affine.out_shape), jnp.float32)))
+            return affine, ClippedMaxMinActivation(*(jnp.asarray(c, jnp.float32) for c in clips))
+        return affine, ClippedReLUActivation(jnp.asarray(rng.uniform(-0.1, 2 * clip, affine.out_shape), jnp.float32))
 
     def full(inputs, outputs, shape):
         return dense(array(inputs, outputs, std=scale / np.sqrt(inputs)), bias(outputs), shape)
 
     if "dense" in kind:
         first, second = (10, 8) if "pairs" in kind else (9, 7)
-        blocks = (block(full(5, first, (5,))), block(full(first, second, (first,))))
-        return Network(blocks, dense(array(second, 3, std=0.5), bias(3), (second,)))
+        hidden = (*block(full(5, first, (5,))), *block(full(first, second, (first,))))
+        return chain(*hidden, dense(array(second, 3, std=0.5), bias(3), (second,)))
     channels = 4 if "pairs" in kind else 3
     first = convolution(array(3, 3, 2, channels, std=scale / 4), bias(channels), (5, 6, 2), (1, 1), ((1, 1), (1, 1)))
     second = convolution(array(4, 3, channels, 2, std=scale / 6), bias(2), first.out_shape, (2, 1), ((1, 0), (0, 1)))
     third = full(int(np.prod(second.out_shape)), 6, second.out_shape)
-    return Network((block(first), block(second), block(third)), dense(array(6, 3, std=0.5), bias(3), (6,)))
+    hidden = (*block(first), *block(second), *block(third))
+    return chain(*hidden, dense(array(6, 3, std=0.5), bias(3), (6,)))
 
 
 def network_of(shape, layers, activation, seed):
     """A random network: layers are widths, or (channels, kernel, stride, padding) of square convolutions; 3 classes."""
     rng = np.random.default_rng(seed)
-    blocks, input_shape = [], shape
+    rules, input_shape = [], shape
     for spec in layers:
         if isinstance(spec, tuple):
             channels, kernel, stride, padding = spec
@@ -282,9 +284,16 @@ def network_of(shape, layers, activation, seed):
             affine = dense(weights.astype(np.float32), bias.astype(np.float32), shape)
         shape = affine.out_shape
         clips = jnp.asarray(rng.uniform(0.2, 1.0, shape), jnp.float32)
-        blocks.append(Block(affine, ReLU() if activation == "relu" else ClippedReLU(clips)))
+        rules += [affine, ReLUActivation() if activation == "relu" else ClippedReLUActivation(clips)]
     head = dense(rng.standard_normal((int(np.prod(shape)), 3)).astype(np.float32), np.zeros(3, np.float32), shape)
-    return Network(tuple(blocks), head, input_shape)
+    return chain(*rules, head, input_shape=input_shape)
+
+
+def changed(network, place, operation):
+    """The network with another operation at one of its nodes."""
+    nodes = list(network.nodes)
+    nodes[place] = dataclasses.replace(nodes[place], operation=operation)
+    return dataclasses.replace(network, nodes=tuple(nodes))
 
 
 def random_inputs(network, seed, count):

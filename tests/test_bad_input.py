@@ -53,7 +53,8 @@ def holding(value):
 
 def read_certificates(folder, about=NETWORK, drop=None, cut=False):
     """Written for NETWORK, then read."""
-    summary = {name: name for name in records.FIELDS} | {"network_sha256": records.fingerprint(NETWORK)}
+    summary = {name: name for name in records.FIELDS} | {"format": records.FORMAT}
+    summary |= {"network_sha256": records.fingerprint(NETWORK)}
     summary.pop(drop, None)
     records.save_certificates(folder, {"radius": np.ones(3)}, summary)
     path = folder / "certificates.npz"
@@ -108,7 +109,7 @@ SHAPED = "expected a batch (B, 5)"
 PIXELS = "pixels in [0, 1]"
 NO_NETWORK = ("network is of type Sequential", "lipjax.from_flax(model, input_shape=...)")
 ONE_KEY = "expected a single key, such as jax.random.key(seed)"
-ONE_LOGIT = lipjax.Network((), lipjax.dense(jnp.ones((5, 1)), jnp.zeros(1), (5,)))
+ONE_LOGIT = lipjax.chain(lipjax.dense(jnp.ones((5, 1)), jnp.zeros(1), (5,)))
 NO_TRACE = "outside of traced code"
 ANOTHER = ("certificates.npz is about the network", "certify this network itself")
 
@@ -147,13 +148,17 @@ CASES = [
     case("a negative eps", lambda _: certify(eps=-0.1), "eps is -0.1", "at least 0"),
     case("eps NaN", lambda _: certify(eps=math.nan), "eps is nan", "at least 0"),
     case("an infinite eps", lambda _: local(eps=math.inf), "eps is inf", "finite"),
-    case("an eps per example", lambda _: certify(eps=np.full(3, 0.1)), "eps has shape (3,)", "one radius"),
+    case("too few eps", lambda _: certify(eps=np.full(2, 0.1)), "eps has shape (2,)", "one per input (3,)"),
+    case("eps in a column", lambda _: local(eps=np.full((3, 1), 0.1)), "eps has shape (3, 1)", "one radius"),
+    case("a negative eps among others", lambda _: certify(eps=np.array([0.1, -0.2, 0.1])), "eps is -0.2", "at least 0"),
+    case("eps NaN among others", lambda _: local(eps=np.array([0.1, np.nan, 0.1])), "eps is nan", "at least 0"),
+    case("an infinite eps among others", lambda _: certify(eps=np.array([0.1, np.inf, 0.1])), "inf", "finite"),
     case("traced eps", lambda _: jax.jit(lambda eps: certify(eps=eps))(0.1), NO_TRACE, "lipjax.propagate"),
     case("a negative eps of an estimate", lambda _: local(eps=-1.0, level="estimate"), "eps is -1.0", "at least 0"),
     case(
-        "an eps per example of a ball",
-        lambda _: lipjax.l2_ball(jnp.ones(5), jnp.ones(3)),
-        *("eps has shape (3,)", "one"),
+        "too few eps of balls",
+        lambda _: lipjax.l2_ball(jnp.ones((5, 4)), jnp.ones(3)),
+        *("eps has shape (3,)", "one radius, or one per input (5,)"),
     ),
     case(
         "eps NaN of an estimate",
@@ -269,7 +274,7 @@ CASES = [
     case("a model for radii", lambda _: lipjax.certified_radius(model(), X, LABEL, key=KEY), *NO_NETWORK),
     case("a model for a constant", lambda _: lipjax.global_lipschitz(model(), key=KEY), *NO_NETWORK),
     case("a model for a certifier", lambda _: lipjax.Certifier(model(), 3, key=KEY), *NO_NETWORK),
-    case("a model to bound", lambda _: lipjax.propagate(model(), lipjax.l2_ball(X[0], 0.1), None), *NO_NETWORK),
+    case("a model to bound", lambda _: lipjax.propagate(model(), lipjax.l2_ball(X, 0.1), None), *NO_NETWORK),
     case("one logit", lambda _: lipjax.certify(ONE_LOGIT, X, LABEL, 0.1, key=KEY), "has 1 logit", "two logits"),
     case("radii of one logit", lambda _: lipjax.certified_radius(ONE_LOGIT, X, LABEL, key=KEY), "has 1 logit"),
     # keys

@@ -13,13 +13,12 @@ from hypothesis import strategies as st
 
 import lipjax
 from lipjax import (
-    Block,
-    ClippedReLU,
+    ClippedReLUActivation,
     Estimate,
     Given,
-    Network,
     WarmStarted,
     certify,
+    chain,
     dense,
     l2_ball,
     propagate,
@@ -33,26 +32,25 @@ TIGHT = Estimate(jax.random.key(3), tol=1e-5, max_iters=3000)
 class Exact:
     """The norm of a layer by the SVD of its dense matrix: nothing of what a pass with it proves is an estimate."""
 
-    def __call__(self, place, linear_map):
-        eye = jnp.eye(int(np.prod(linear_map.in_shape))).reshape(-1, *linear_map.in_shape)
-        rows = jax.vmap(linear_map.matvec)(eye).reshape(len(eye), -1)
-        return jnp.linalg.svd(rows, compute_uv=False)[0], None
+    def __call__(self, place, layer, rows, columns):
+        kept = rows.reshape(len(rows), -1, 1) & columns.reshape(len(columns), 1, -1)
+        return jnp.linalg.svd(layer.matrix()[None] * kept, compute_uv=False)[:, 0], None
 
 
 @jax.jit
 def bounds_of(network, x, eps):
-    return jax.vmap(lambda one: propagate(network, l2_ball(one, eps), Exact()))(x)
+    return propagate(network, l2_ball(x, eps), Exact())
 
 
 @oracles.jit
 def estimates_of(network, x, eps):
     """Local and global constants with norms by power iteration."""
-    return local_constants(network, x, eps, TIGHT), jnp.prod(lipjax.global_norms(network, TIGHT)[0])
+    return local_constants(network, x, eps, TIGHT), jnp.prod(lipjax.whole_norms(network.layers, TIGHT)[0])
 
 
-def local_constants(network, x, eps, norm):
+def local_constants(network, x, eps, ask):
     """Local Lipschitz constants (B,) with norms of any kind."""
-    return jax.vmap(lambda one: propagate(network, l2_ball(one, eps), norm).lipschitz)(x)
+    return propagate(network, l2_ball(x, eps), ask).lipschitz
 
 
 @jax.jit
@@ -84,9 +82,9 @@ networks = st.builds(
 
 def _toy():
     kernel, zero = jnp.diag(jnp.array([3.0, 2.0, 1.0])), jnp.zeros(3)
-    block = Block(dense(kernel, zero, (3,)), ClippedReLU(jnp.ones(3)))
+    block = dense(kernel, zero, (3,)), ClippedReLUActivation(jnp.ones(3))
     head = dense(jnp.array([[1.0, 0.0], [1.0, 0.0], [1.0, 0.0]]), jnp.zeros(2), (3,))
-    return Network((block, block), head), jnp.array([[1.0, -1.0, 0.0]])
+    return chain(*block, *block, head), jnp.array([[1.0, -1.0, 0.0]])
 
 
 def test_paper_example_is_locally_1_and_globally_9():
@@ -97,9 +95,9 @@ def test_paper_example_is_locally_1_and_globally_9():
     bounds = bounds_of(network, x, 0.1)
     assert bounds.live[0][0].tolist() == [False, False, True]
     assert bounds.live[1][0].tolist() == [False, False, True]
-    np.testing.assert_allclose(bounds.preactivations[0].lower[0], [2.7, -2.2, -0.1], atol=1e-6)
-    np.testing.assert_allclose(bounds.preactivations[0].upper[0], [3.3, -1.8, 0.1], atol=1e-6)
-    np.testing.assert_allclose(bounds.preactivations[1].upper[0], [3.0, 0.0, 0.1], atol=1e-6)
+    np.testing.assert_allclose(bounds.before[0].lower[0], [2.7, -2.2, -0.1], atol=1e-6)
+    np.testing.assert_allclose(bounds.before[0].upper[0], [3.3, -1.8, 0.1], atol=1e-6)
+    np.testing.assert_allclose(bounds.before[1].upper[0], [3.0, 0.0, 0.1], atol=1e-6)
 
 
 def test_paper_example_with_its_last_layer_is_locally_1_and_globally_9_sqrt_3():
@@ -149,7 +147,7 @@ def test_masks_boxes_and_norms_are_those_of_the_float64_pass(network, seed, eps)
         blocks, nearest = exact.regions(x[i].astype(np.float64).ravel(), eps)
         assume(nearest > 1e-4)  # no neuron so near its kink that float32 may decide otherwise
         for k, (lower, upper, live, sigma) in enumerate(blocks):
-            before = bounds.preactivations[k]
+            before = bounds.before[k]
             np.testing.assert_array_equal(np.asarray(bounds.live[k][i]).ravel(), live)
             scale = 1 + np.abs(upper).max() + np.abs(lower).max()
             np.testing.assert_allclose(np.asarray(before.lower[i]).ravel(), lower, rtol=0, atol=3e-4 * scale)
@@ -221,7 +219,7 @@ def test_every_activation_of_the_ball_lies_in_box_and_ball(network, seed, eps):
         before, after = exact.activations(points)
         before_center, after_center = exact.activations(center)
         reach = eps
-        for k, region in enumerate(bounds.preactivations):
+        for k, region in enumerate(bounds.before):
             lower, upper = (np.asarray(a[i], np.float64).ravel() for a in (region.lower, region.upper))
             tolerance = 1e-5 * (1 + np.abs(before[k]).max())
             assert np.all(before[k] >= lower - tolerance)
@@ -256,7 +254,7 @@ def _pgd(network, x, label, eps, num_steps):
 
 def _attacked(network, x, label, eps):
     """PGD on the networks with clips; the others are searched along their Jacobians alone, which spares compiling."""
-    clipped = isinstance(network.blocks[0].activation, ClippedReLU)
+    clipped = isinstance(network.activations[0], ClippedReLUActivation)
     points = _pgd(network, jnp.asarray(x), jnp.asarray(label, jnp.int32), eps, 20) if clipped else x
     return np.asarray(points, np.float64)
 
@@ -312,7 +310,7 @@ def _certificates(network, bounds, label):
 def test_without_its_box_the_region_is_the_global_ball(kind):
     network = oracles.random_network(kind, 7)
     x = oracles.random_inputs(network, 2, 2)
-    bounds = oracles.jit(jax.vmap(lambda one: propagate(network, l2_ball(one, 0.1).without_box(), Exact())))(x)
+    bounds = oracles.jit(lambda x: propagate(network, l2_ball(x, 0.1).without_box(), Exact()))(x)
     assert bounds.features.lower is None
     assert bounds.features.upper is None
     assert all(np.asarray(live).all() for live in bounds.live)
@@ -325,7 +323,7 @@ def test_without_its_box_the_region_is_the_global_ball(kind):
 def test_without_its_ball_the_region_is_the_interval_box(kind):
     network = oracles.random_network(kind, 8)
     x = oracles.random_inputs(network, 3, 2)
-    bounds = oracles.jit(jax.vmap(lambda one: propagate(network, l2_ball(one, 0.1).without_ball(), Exact())))(x)
+    bounds = oracles.jit(lambda x: propagate(network, l2_ball(x, 0.1).without_ball(), Exact()))(x)
     assert bounds.features.radius is None
     exact = oracles.DenseNetwork(network)
     for i in range(2):
@@ -333,8 +331,8 @@ def test_without_its_ball_the_region_is_the_interval_box(kind):
         for k, ((matrix, bias), rule) in enumerate(zip(exact.layers, exact.rules, strict=True)):
             plus, minus = np.maximum(matrix, 0), np.minimum(matrix, 0)
             lower, upper = plus @ lower + minus @ upper + bias, plus @ upper + minus @ lower + bias
-            np.testing.assert_allclose(np.asarray(bounds.preactivations[k].lower[i]).ravel(), lower, atol=1e-5)
-            np.testing.assert_allclose(np.asarray(bounds.preactivations[k].upper[i]).ravel(), upper, atol=1e-5)
+            np.testing.assert_allclose(np.asarray(bounds.before[k].lower[i]).ravel(), lower, atol=1e-5)
+            np.testing.assert_allclose(np.asarray(bounds.before[k].upper[i]).ravel(), upper, atol=1e-5)
             lower, upper = rule.apply(lower), rule.apply(upper)
         np.testing.assert_allclose(bounds.features.upper[i], upper, atol=1e-5)
     assert np.asarray(box_and_ball(network.head, jax.tree.map(lambda a: a[0], bounds.features), 0)).shape == (3,)
@@ -343,10 +341,10 @@ def test_without_its_ball_the_region_is_the_interval_box(kind):
 def test_given_global_norms_give_the_ball_of_those_norms_inside_the_same_masks():
     network = oracles.random_network("dense relu", 9)
     x = oracles.random_inputs(network, 4, 2)
-    sigmas = oracles.jit(lambda network: lipjax.global_norms(network, Exact())[0])(network)
+    sigmas = oracles.jit(lambda network: lipjax.whole_norms(network.layers, Exact())[0])(network)
     exact = [oracles.spectral_norm(matrix) for matrix, _ in oracles.DenseNetwork(network).layers]
     np.testing.assert_allclose(sigmas, exact, rtol=1e-5)
-    bounds = oracles.jit(jax.vmap(lambda one: propagate(network, l2_ball(one, 0.2), Given(sigmas))))(x)
+    bounds = oracles.jit(lambda x: propagate(network, l2_ball(x, 0.2), Given(sigmas)))(x)
     np.testing.assert_allclose(bounds.features.radius, 0.2 * np.prod(exact), rtol=1e-3)
     assert np.all(np.asarray(bounds.lipschitz) >= np.asarray(bounds_of(network, x, 0.2).lipschitz) * (1 - 1e-5))
 
@@ -356,8 +354,8 @@ def test_full_row_norms_give_a_box_that_is_never_smaller():
     x = oracles.random_inputs(network, 5, 2)
     masked = bounds_of(network, x, 0.2)
     row_norms = lipjax.full_row_norms
-    full = oracles.jit(jax.vmap(lambda one: propagate(network, l2_ball(one, 0.2), Exact(), row_norms)))(x)
-    for a, b in zip(masked.preactivations, full.preactivations, strict=True):
+    full = oracles.jit(lambda x: propagate(network, l2_ball(x, 0.2), Exact(), row_norms=row_norms))(x)
+    for a, b in zip(masked.before, full.before, strict=True):
         assert np.all(np.asarray(b.lower) <= np.asarray(a.lower) + 1e-5)
         assert np.all(np.asarray(b.upper) >= np.asarray(a.upper) - 1e-5)
 
@@ -389,22 +387,21 @@ def test_gradient_of_local_lipschitz_is_finite_nonzero_and_matches_differences(k
 
     gradient = oracles.jit(jax.grad(total))(network)
     assert all(np.isfinite(np.asarray(leaf)).all() for leaf in jax.tree.leaves(gradient))
-    assert all(np.abs(np.asarray(block.affine.kernel)).max() > 1e-3 for block in gradient.blocks)
+    assert all(np.abs(np.asarray(layer.kernel)).max() > 1e-3 for layer in gradient.layers)
     # the exact constant of the float64 pass, along a random direction of one kernel
     rng = np.random.default_rng(0)
-    affine = network.blocks[0].affine
+    affine = network.layers[0]
     direction = rng.standard_normal(affine.kernel.shape)
 
     def exact(step):
         moved = np.asarray(affine.kernel, np.float64) + step * direction
-        block = dataclasses.replace(network.blocks[0], affine=dataclasses.replace(affine, kernel=moved))
-        passes = oracles.DenseNetwork(Network((block, *network.blocks[1:]), network.head))
+        passes = oracles.DenseNetwork(oracles.changed(network, 1, dataclasses.replace(affine, kernel=moved)))
         return sum(
             np.prod([sigma for *_, sigma in passes.regions(one.astype(np.float64).ravel(), 0.1)[0]]) for one in x
         )
 
     slope = (exact(1e-6) - exact(-1e-6)) / 2e-6
-    assert np.vdot(gradient.blocks[0].affine.kernel, direction) == pytest.approx(slope, rel=0.02, abs=0.02)
+    assert np.vdot(gradient.layers[0].kernel, direction) == pytest.approx(slope, rel=0.02, abs=0.02)
 
 
 @pytest.mark.parametrize(
@@ -414,12 +411,12 @@ def test_everything_dead_gives_zero_with_finite_gradients(kind, level):
     network = oracles.random_network(kind, 13, shift=-100.0)
     x = oracles.random_inputs(network, 8, 2)
     label = jnp.array([0, 1])
-    smaller = [min((b.affine.in_shape, b.affine.out_shape), key=np.prod) for b in network.blocks]
-    zeros = tuple(jnp.zeros(shape) for shape in smaller)
-    norm = TIGHT if level == "converged" else WarmStarted(zeros, None, jax.random.key(0), 2)
+    smaller = [min((layer.in_shape, layer.out_shape), key=np.prod) for layer in network.layers]
+    zeros = {place: jnp.zeros((2, *shape)) for place, shape in enumerate(smaller)}
+    ask = TIGHT if level == "converged" else WarmStarted(zeros, None, jax.random.key(0), 2)
 
     def loss(network):
-        bounds = jax.vmap(lambda one: propagate(network, l2_ball(one, 0.5), norm))(x)
+        bounds = propagate(network, l2_ball(x, 0.5), ask)
         margins = margins_of(network, bounds.features, label)
         return bounds.lipschitz.sum() + sum(m.sum() for m in margins), bounds
 
@@ -440,8 +437,9 @@ def certified(network, x, label, eps):
 
 def _sure():
     """A network that is certain of class 0 everywhere near, with its input."""
-    network = Network(
-        (Block(dense(jnp.eye(3) * 0.1, jnp.ones(3), (3,)), ClippedReLU(jnp.full(3, 9.0))),),
+    network = chain(
+        dense(jnp.eye(3) * 0.1, jnp.ones(3), (3,)),
+        ClippedReLUActivation(jnp.full(3, 9.0)),
         dense(jnp.array([[1.0, -1.0], [1.0, -1.0], [1.0, -1.0]]), jnp.zeros(2), (3,)),
     )
     return network, jnp.full((1, 3), 0.5)
@@ -470,7 +468,7 @@ def test_a_wrong_prediction_is_not_certified():
 def test_a_tie_is_not_certified(eps):
     network, x = _sure()
     head = dense(jnp.array([[1.0, 1.0, -1.0]] * 3), jnp.zeros(3), (3,))  # two identical rows
-    result = certified(Network(network.blocks, head), x, jnp.array([0]), eps)
+    result = certified(dataclasses.replace(network, head=head), x, jnp.array([0]), eps)
     assert result.prediction.tolist() == [0]
     assert float(result.worst_margin[0]) <= 0
     assert result.certified.tolist() == [False]
@@ -490,8 +488,7 @@ def test_nan_or_inf_in_the_input_has_no_bounds_and_is_refused(bad):
 @pytest.mark.parametrize("place", ["kernel", "bias", "theta", "head kernel", "head bias"])
 def test_nan_or_inf_in_the_weights_is_not_certified(bad, place):
     network, x = _sure()
-    block, head = network.blocks[0], network.head
-    affine, activation = block.affine, block.activation
+    (affine,), (activation,), head = network.layers, network.activations, network.head
     if place == "kernel":
         affine = dataclasses.replace(affine, kernel=affine.kernel.at[0, 0].set(bad))
     elif place == "bias":
@@ -499,12 +496,12 @@ def test_nan_or_inf_in_the_weights_is_not_certified(bad, place):
     elif place == "theta":
         if bad == np.inf:
             pytest.skip("an infinite clip is a plain ReLU, and sound")
-        activation = ClippedReLU(activation.theta.at[0].set(bad))
+        activation = ClippedReLUActivation(activation.theta.at[0].set(bad))
     elif place == "head kernel":
         head = dataclasses.replace(head, kernel=head.kernel.at[0, 0].set(bad))
     else:
         head = dataclasses.replace(head, bias=head.bias.at[0].set(bad))
-    broken = Network((Block(affine, activation),), head)
+    broken = chain(affine, activation, head)
     for label in (0, 1):
         assert certified(broken, x, jnp.array([label]), 0.1).certified.tolist() == [False]
 
@@ -512,7 +509,7 @@ def test_nan_or_inf_in_the_weights_is_not_certified(bad, place):
 def test_nan_norms_are_not_certified():
     network, x = _sure()
     for sigma in (np.nan, np.inf):
-        bounds = jax.vmap(lambda one, s=sigma: propagate(network, l2_ball(one, 0.1), Given(jnp.array([s]))))(x)
+        bounds = propagate(network, l2_ball(x, 0.1), Given(jnp.array([sigma])))
         assert _certificates(network, bounds, jnp.array([0])).certified.tolist() == [False]
 
 

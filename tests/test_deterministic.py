@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lipjax import convolution, dense
-from lipjax.norms import deterministic, levels
+from lipjax.norms import levels
 
 CONVOLUTIONS = [
     ((3, 3, 2, 4), (1, 1), ((1, 1), (1, 1)), (7, 7, 2)),
@@ -57,14 +57,14 @@ def test_the_circulant_bound_is_above_the_whole_convolution_and_near_it(case):
     with jax.enable_x64(True):
         layer = random_layer(case, 0)
         matrix, _ = oracles.layer_matrix(layer)
-        bound = deterministic.circulant_norm(layer)
+        bound = layer.whole_norm()
     assert oracles.spectral_norm(matrix) <= bound <= 1.2 * oracles.spectral_norm(matrix)
 
 
 def test_a_circulant_bound_by_hand():
     # Two taps of 1 in a row: on a circle both add up to 2, for the constant image.
     layer = convolution(np.ones((1, 2, 1, 1)), jnp.zeros(1), (1, 50, 1), (1, 1), ((0, 0), (0, 0)))
-    assert deterministic.circulant_norm(layer) == pytest.approx(2, rel=1e-8)
+    assert layer.whole_norm() == pytest.approx(2, rel=1e-8)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])

@@ -14,35 +14,48 @@ from hypothesis import strategies as st
 
 import lipjax
 from lipjax import (
-    Block,
-    Fork,
-    Join,
+    ClippedReLUActivation,
+    Concatenation,
+    Graph,
     Multipliers,
-    Network,
-    ReLU,
+    Preactivation,
+    ReLUActivation,
+    Sum,
+    chain,
     dense,
 )
 from lipjax.bounds import ascent, dual
 
-KINDS = (*oracles.KINDS, "residual")
+KINDS = (*oracles.KINDS, "residual", "graph")
 SEEDS = st.integers(0, 10**6)
 EPS = st.just(0.0) | st.floats(1e-3, 1.0)
 
 
 def network_of(kind, seed):
-    if kind != "residual":
+    if kind in oracles.KINDS:
         return oracles.random_network(kind, seed, scale=1.3)
-    rng = np.random.default_rng(seed)
+    rng, graph = np.random.default_rng(seed), Graph((5,))
 
-    def block(inputs, outputs):
+    def affine(place, outputs):
+        (inputs,) = graph.shape(place)
         kernel = rng.standard_normal((inputs, outputs)) / np.sqrt(inputs)
-        affine = dense(
-            jnp.asarray(kernel, jnp.float32), jnp.asarray(rng.normal(size=outputs) / 4, jnp.float32), (inputs,)
-        )
-        return Block(affine, ReLU())
+        bias = rng.normal(size=outputs) / 4
+        return graph.add(dense(jnp.asarray(kernel, jnp.float32), jnp.asarray(bias, jnp.float32), (inputs,)), place)
 
-    steps = (block(5, 6), Fork(), block(6, 7), Fork(), block(7, 7), Join(), block(7, 6), Join())
-    return Network(steps, dense(jnp.asarray(rng.standard_normal((6, 3)), jnp.float32), jnp.zeros(3), (6,)))
+    def hidden(place, outputs):
+        return graph.add(ReLUActivation(), affine(place, outputs))
+
+    first = hidden(graph.input, 6)
+    second = hidden(first, 7)
+    if kind == "residual":
+        graph.add(Sum(), first, hidden(graph.add(Sum(), second, hidden(second, 7)), 6))
+    else:  # a layer behind a layer, one that two activations take, a sum of two branches, and values side by side
+        third = affine(affine(first, 4), 7)
+        clipped = graph.add(ClippedReLUActivation(jnp.asarray(rng.uniform(0.1, 0.5, 7), jnp.float32)), third)
+        both = graph.add(ReLUActivation(), graph.add(Sum(), graph.add(ReLUActivation(), third), second))
+        graph.add(Concatenation(), clipped, affine(first, 2), both)
+    (features,) = graph.shape(len(graph.nodes) - 1)
+    return graph.network(dense(jnp.asarray(rng.standard_normal((features, 3)), jnp.float32), jnp.zeros(3), (features,)))
 
 
 def wide(network):
@@ -50,12 +63,12 @@ def wide(network):
 
 
 def norms_of(network):
-    return np.array([oracles.spectral_norm(oracles.layer_matrix(b.affine)[0]) for b in network.blocks]) * (1 + 1e-12)
+    return np.array([oracles.spectral_norm(oracles.layer_matrix(each)[0]) for each in network.layers]) * (1 + 1e-12)
 
 
 @functools.partial(jax.jit, static_argnames="domain")
 def _bounds(network, x, eps, sigmas, domain):
-    return jax.vmap(lambda x: lipjax.propagate(network, lipjax.l2_ball(x, eps, domain), lipjax.Given(sigmas)))(x)
+    return lipjax.propagate(network, lipjax.l2_ball(x, eps, domain), lipjax.Given(sigmas))
 
 
 def case(kind, seed, eps, count=2, domain="ball"):
@@ -73,7 +86,7 @@ RIVALS = jnp.arange(3)[None].repeat(2, axis=0)  # all three classes of the rando
 def random_multipliers(network, bounds, seed):
     rng = np.random.default_rng(seed)
     shape = 2, 3
-    g = tuple(jnp.asarray(rng.normal(size=(*shape, *b.center.shape[1:])) / 2) for b in bounds.preactivations)
+    g = tuple(jnp.asarray(rng.normal(size=(*shape, *b.center.shape[1:])) / 2) for b in bounds.before)
     weight = tuple(jnp.asarray(np.exp(rng.normal(size=shape) * 2) * (rng.random(shape) > 0.2)) for _ in g)
     return Multipliers(g, weight)
 
@@ -150,7 +163,7 @@ def test_on_pixels_it_is_never_above_an_attack_there_and_not_below_the_ball(kind
 @pytest.mark.parametrize("kind", KINDS)
 @settings(max_examples=15)
 @given(seed=SEEDS, eps=EPS)
-def test_without_multipliers_in_the_last_block_it_is_box_and_ball_or_more(kind, seed, eps):
+def test_without_multipliers_it_is_box_and_ball_or_more(kind, seed, eps):
     with jax.enable_x64(True):
         network, _, label, bounds = case(kind, seed, eps)
         margins, _ = at_box_and_ball(network, bounds, label)
@@ -166,9 +179,9 @@ def at_box_and_ball(network, bounds, label):
     """No multiplier anywhere, and weights that were searched to the end."""
 
     def one(bounds, label, rival):
-        def choose(place, activation, c, region):
-            g = jnp.zeros_like(region.center)
-            return g, dual.best_weight(activation, c, g, region, 40)
+        def choose(place, activation, c, before):
+            g = jnp.zeros_like(before.center)
+            return g, dual.best_weight(activation, c, g, before, 40)
 
         trace = dual.pull(network, bounds, label, rival, choose)
         return dual.value(network, bounds, trace), trace.weight
@@ -198,20 +211,18 @@ def test_without_weights_and_with_its_slopes_it_is_crown(seed, eps):
         network, x, label, bounds = case("dense relu", seed, eps, count=1)
         exact = oracles.DenseNetwork(network)
         rng, y, rival = np.random.default_rng(seed), int(label[0]), (int(label[0]) + 1) % 3
-        regions = [jax.tree.map(lambda leaf: np.asarray(leaf[0]), before) for before in bounds.preactivations]
-        boxes = [(region.lower, region.upper) for region in regions]
+        boxes = [tuple(np.asarray(bound[0]) for bound in before.box) for before in bounds.before]
         alphas = [rng.random(lower.shape) for lower, _ in boxes]
         c = exact.head[0][y] - exact.head[0][rival]
         expected = crown(
             *(exact.layers, np.asarray(x[0]), eps, c, exact.head[1][y] - exact.head[1][rival]), boxes, None, alphas
         )
 
-        def choose(place, activation, c, region):
-            unstable = (region.lower < 0) & (region.upper > 0)
-            chord = jnp.where(
-                unstable, region.upper / jnp.where(unstable, region.upper - region.lower, 1), region.upper > 0
-            )
-            lower_line = jnp.where(unstable, alphas[place], region.upper > 0)
+        def choose(place, activation, c, before):
+            lower, upper = before.box
+            unstable = (lower < 0) & (upper > 0)
+            chord = jnp.where(unstable, upper / jnp.where(unstable, upper - lower, 1), upper > 0)
+            lower_line = jnp.where(unstable, alphas[place], upper > 0)
             return c * jnp.where(c >= 0, lower_line, chord), jnp.zeros(())
 
         own = jax.tree.map(lambda leaf: leaf[0], bounds)
@@ -228,9 +239,9 @@ def test_without_a_box_and_for_relu_it_is_the_bound_of_sdp_crown(seed, weight):
     phi = np.minimum(np.minimum(c - g - weight * center, g + weight * center), 0)
     expected = -(weight * (radius**2 - center @ center) + phi @ phi / weight) / 2
     with jax.enable_x64(True):
-        arrays = (jnp.asarray(array) for array in (np.full(8, -1e6), np.full(8, 1e6), center, np.float64(radius)))
-        region = lipjax.Region(*arrays, jnp.ones(8, bool), jnp.asarray(True))
-        least, _ = ReLU().minimum(jnp.asarray(c), jnp.asarray(g), jnp.asarray(weight), region)
+        box = jnp.full(8, -1e6), jnp.full(8, 1e6)
+        before = Preactivation(*box, jnp.asarray(center), jnp.ones(8, bool), jnp.float64(radius), jnp.asarray(True))
+        least, _ = ReLUActivation().minimum(jnp.asarray(c), jnp.asarray(g), jnp.asarray(weight), before)
         assert float(least) - weight / 2 * radius**2 == pytest.approx(expected, rel=1e-9, abs=1e-9)
 
 
@@ -262,19 +273,9 @@ def test_tiny_networks_are_bounded_nearly_exactly():
         for seed in range(8):
             rng = np.random.default_rng(seed)
             kernel, head = rng.standard_normal((2, 4)), rng.standard_normal((4, 3))
-            network = wide(
-                Network(
-                    (
-                        Block(
-                            dense(
-                                jnp.asarray(kernel, jnp.float32), jnp.asarray(rng.normal(size=4) / 3, jnp.float32), (2,)
-                            ),
-                            ReLU(),
-                        ),
-                    ),
-                    dense(jnp.asarray(head, jnp.float32), jnp.zeros(3), (4,)),
-                )
-            )
+            hidden = dense(jnp.asarray(kernel, jnp.float32), jnp.asarray(rng.normal(size=4) / 3, jnp.float32), (2,))
+            last = dense(jnp.asarray(head, jnp.float32), jnp.zeros(3), (4,))
+            network = wide(chain(hidden, ReLUActivation(), last))
             x, eps = jnp.asarray(rng.random((2, 2))), 0.3
             label = jnp.argmax(network(x), axis=1)
             bounds = _bounds(network, x, eps, jnp.asarray(norms_of(network)), "ball")
@@ -305,7 +306,7 @@ def test_at_radius_zero_it_is_the_margin_itself(kind):
         assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
 
 
-@pytest.mark.parametrize("kind", ["dense pairs", "conv clipped", "residual"])
+@pytest.mark.parametrize("kind", ["dense pairs", "conv clipped", "residual", "graph"])
 def test_gradients_in_the_network_and_the_multipliers_are_those_of_differences(kind):
     with jax.enable_x64(True):
         network, x, label, bounds = case(kind, 4, 0.2)
@@ -330,7 +331,7 @@ def test_multipliers_of_rows_that_do_not_matter_count_for_nothing():
     with jax.enable_x64(True):
         network, _, label, bounds = case("dense relu", 2, 0.05)
         start = random_multipliers(network, bounds, 2)
-        dead = [~np.asarray(before.live)[:, None] for before in bounds.preactivations]
+        dead = [~np.asarray(before.rows)[:, None] for before in bounds.before]
         assert any(mask.any() for mask in dead)
         wild = tuple(jnp.where(mask, 1e6, g) for mask, g in zip(dead, start.g, strict=True))
         found = [margins_at(network, bounds, label, Multipliers(g, start.weight), RIVALS) for g in (start.g, wild)]
@@ -355,11 +356,10 @@ def test_nan_and_infinity_show():
         network, _, label, bounds = case("dense relu", 6, 0.1)
         start = random_multipliers(network, bounds, 6)
         for bad in (jnp.nan, jnp.inf):
-            region = bounds.preactivations[0]
-            poisoned = dataclasses.replace(
-                region, lower=region.lower * bad, upper=region.upper * bad, center=region.center * bad
-            )
-            spoiled = dataclasses.replace(bounds, preactivations=(poisoned, *bounds.preactivations[1:]))
+            first = bounds.before[0]
+            lower, upper, center = (value * bad for value in (*first.box, first.center))
+            poisoned = dataclasses.replace(first, lower=lower, upper=upper, center=center)
+            spoiled = dataclasses.replace(bounds, before=(poisoned, *bounds.before[1:]))
             found = np.asarray(margins_at(network, spoiled, label, start, RIVALS))
             own = np.arange(3)[None] == np.asarray(label)[:, None]
             assert not np.any(found[~own] > 0)
@@ -396,7 +396,7 @@ def test_batches_of_pairs_are_cut_and_give_the_same(monkeypatch):
         jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-9), whole, cut)
 
 
-@pytest.mark.parametrize("kind", ["dense relu", "dense pairs", "residual"])
+@pytest.mark.parametrize("kind", ["dense relu", "dense pairs", "residual", "graph"])
 def test_an_ascent_goes_on_from_its_multipliers(kind):
     with jax.enable_x64(True):
         network, _, label, bounds = case(kind, 8, 0.4)

@@ -12,18 +12,19 @@ from hypothesis import strategies as st
 
 import lipjax
 from lipjax import (
-    Block,
     Certifier,
-    Fork,
-    Identity,
-    Join,
+    Graph,
+    IdentityActivation,
     Multipliers,
-    Network,
-    ReLU,
+    Preactivation,
+    Region,
+    ReLUActivation,
+    Sum,
+    chain,
     dense,
     floating_point,
 )
-from lipjax.bounds import dual, enclosures, rounding
+from lipjax.bounds import dual, rounding
 from lipjax.certification.pairs import Ascent, proven_margin
 
 KEY = jax.random.key(0)
@@ -34,30 +35,29 @@ def wide(tree):
     return jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf, np.float64)), tree)
 
 
-def enclosed(network, x, eps):
-    """The enclosure of one input with exact norms of the whole layers, without its batch axis. Call with x64 on."""
-    matrices = [oracles.layer_matrix(block.affine)[0] for block in network.blocks]
+def bounded(network, x, eps):
+    """Bounds of one input with exact norms of the whole layers, without their batch axis. Call with x64 on."""
+    matrices = [oracles.layer_matrix(layer)[0] for layer in network.layers]
     norms = [np.full(1, oracles.spectral_norm(matrix) * (1 + 1e-12)) for matrix in matrices]
-    region = enclosures.enter(jnp.asarray(x, jnp.float64)[None], jnp.full(1, eps, jnp.float64), "ball")
-    found = enclosures.enclose(wide(network), region, lambda place, *_: norms[place], enclosures.FLOAT32)
+    region = lipjax.l2_ball(jnp.asarray(x, jnp.float64)[None], eps)
+    found = lipjax.propagate(wide(network), region, lambda place, *_: (norms[place], None), lipjax.FLOAT32)
     return jax.tree.map(lambda leaf: leaf[0], found)
 
 
-def passing_on(network, enclosure, label, rival):
+def passing_on(network, bounds, label, rival):
     """The walk that passes every coefficient on, without weights: exact where all activations are linear."""
 
-    def choose(place, activation, c, region):
-        return c.reshape(region.center.shape), jnp.zeros(())
+    def choose(place, activation, c, before):
+        return c.reshape(before.center.shape), jnp.zeros(())
 
-    return dual.pull(wide(network), enclosure.bounds, label, rival, choose)
+    return dual.pull(wide(network), bounds, label, rival, choose)
 
 
-def terms(network, enclosure, trace, label, rival):
+def terms(network, bounds, trace, label, rival):
     """What the float64 value at a walk is above the margin of float32 inference, and the errors that allow for it."""
-    value = dual.value(wide(network), enclosure.bounds, trace)
-    logits = enclosure.logits[label] + enclosure.logits[rival]
-    errors = dual.errors(wide(network), enclosure.bounds, trace, enclosure.layers, enclosure.sums, logits)
-    point = jnp.asarray(enclosure.bounds.input.center, jnp.float32)
+    value = dual.value(wide(network), bounds, trace)
+    errors = dual.errors(wide(network), bounds, trace, bounds.slack.logits[label] + bounds.slack.logits[rival])
+    point = jnp.asarray(bounds.input.center, jnp.float32)
     computed = np.asarray(network(point[None])[0], np.float64)
     above = float(value) - (computed[label] - computed[rival])
     return above, dataclasses.asdict(Named(*map(float, errors)))
@@ -88,84 +88,96 @@ def in_order(terms):
 def test_what_float32_rounds_in_the_last_layer_is_needed():
     weights = in_order(6)
     kernel = np.stack([weights, np.zeros(8, np.float32)], axis=1)
-    network = Network((), dense(jnp.asarray(kernel), jnp.zeros(2), (8,)))
+    network = chain(dense(jnp.asarray(kernel), jnp.zeros(2), (8,)))
     with jax.enable_x64(True):
-        enclosure = enclosed(network, np.ones(8, np.float32), 0.0)
-        _, errors = terms(network, enclosure, passing_on(network, enclosure, 0, 1), 0, 1)
+        bounds = bounded(network, np.ones(8, np.float32), 0.0)
+        _, errors = terms(network, bounds, passing_on(network, bounds, 0, 1), 0, 1)
     # Added in order, float32 loses all of the ones; what this machine loses is for its library to choose.
     lost = 6 - float(np.add.accumulate(weights)[-1])
     assert lost == 6
     assert needed(lost, errors, "logits")
 
 
-def test_what_float32_rounds_in_a_layer_is_needed():
+@pytest.mark.parametrize("behind", [(), (IdentityActivation(),)])
+def test_what_float32_rounds_in_a_layer_is_needed(behind):
     weights = in_order(6)
-    block = Block(dense(jnp.asarray(weights[:, None]), jnp.zeros(1), (8,)), Identity())
-    network = Network((block,), dense(jnp.asarray([[1.0, 0.0]]), jnp.zeros(2), (1,)))
+    layer = dense(jnp.asarray(weights[:, None]), jnp.zeros(1), (8,))
+    network = chain(layer, *behind, dense(jnp.asarray([[1.0, 0.0]]), jnp.zeros(2), (1,)))
     with jax.enable_x64(True):
-        enclosure = enclosed(network, np.ones(8, np.float32), 0.0)
-        trace = passing_on(network, enclosure, 0, 1)
-        assert float(dual.value(wide(network), enclosure.bounds, trace)) == pytest.approx(6)
-        _, errors = terms(network, enclosure, trace, 0, 1)
+        bounds = bounded(network, np.ones(8, np.float32), 0.0)
+        trace = passing_on(network, bounds, 0, 1)
+        assert float(dual.value(wide(network), bounds, trace)) == pytest.approx(6)
+        _, errors = terms(network, bounds, trace, 0, 1)
     assert needed(6 - float(np.add.accumulate(weights)[-1]), errors, "layers")
 
 
 def test_what_float32_rounds_in_a_sum_over_a_skip_connection_is_needed():
     sums = 24  # each adds one to 2^24, which float32 does not see
-
-    def one():
-        return Block(dense(jnp.zeros((1, 1)), jnp.ones(1), (1,)), Identity())
-
-    first = Block(dense(jnp.asarray([[2.0**24]]), jnp.zeros(1), (1,)), Identity())
-    steps = (first, *(step for _ in range(sums) for step in (Fork(), one(), Join())))
-    network = Network(steps, dense(jnp.asarray([[1.0, 0.0]]), jnp.asarray([-(2.0**24), 0.0]), (1,)))
+    graph = Graph((1,))
+    place = graph.add(dense(jnp.asarray([[2.0**24]]), jnp.zeros(1), (1,)), graph.input)
+    for _ in range(sums):
+        place = graph.add(Sum(), place, graph.add(dense(jnp.zeros((1, 1)), jnp.ones(1), (1,)), place))
+    network = graph.network(dense(jnp.asarray([[1.0, 0.0]]), jnp.asarray([-(2.0**24), 0.0]), (1,)))
     with jax.enable_x64(True):
-        enclosure = enclosed(network, np.ones(1, np.float32), 0.0)
-        above, errors = terms(network, enclosure, passing_on(network, enclosure, 0, 1), 0, 1)
+        bounds = bounded(network, np.ones(1, np.float32), 0.0)
+        above, errors = terms(network, bounds, passing_on(network, bounds, 0, 1), 0, 1)
     assert above == pytest.approx(sums)
     assert needed(above, errors, "sums")
 
 
 def linear(inputs, outputs, seed):
     kernel = np.random.default_rng(seed).normal(size=(inputs, outputs)) / np.sqrt(inputs)
-    return Block(dense(jnp.asarray(kernel, jnp.float32), jnp.zeros(outputs), (inputs,)), Identity())
+    return dense(jnp.asarray(kernel, jnp.float32), jnp.zeros(outputs), (inputs,))
 
 
+# A pair of numbers is a layer of so many inputs and outputs; a list is a sum, of its two branches.
 NESTS = {
-    "in a row": ((3, 3), Fork(), (3, 4), (4, 3), Join(), Fork(), (3, 3), Join()),
-    "nested": ((3, 4), Fork(), (4, 8), Fork(), (8, 8), Join(), (8, 4), Join()),
-    "nested, then one": ((3, 3), Fork(), Fork(), (3, 3), Join(), (3, 3), Join(), Fork(), (3, 3), Join()),
-    "right inside": ((3, 3), Fork(), Fork(), (3, 5), Fork(), (5, 5), Join(), (5, 3), Join(), Join()),
+    "in a row": [(3, 3), [[], [(3, 4), (4, 3)]], [[], [(3, 3)]]],
+    "nested": [(3, 4), [[], [(4, 8), [[], [(8, 8)]], (8, 4)]]],
+    "nested, then one": [(3, 3), [[], [[[], [(3, 3)]], (3, 3)]], [[], [(3, 3)]]],
+    "right inside": [(3, 3), [[], [[[], [(3, 5), [[], [(5, 5)]], (5, 3)]]]]],
+    "two branches": [(3, 3), [[(3, 4), [[(4, 4)], []], (4, 3)], [[[], [(3, 3)]], (3, 3)]], (3, 5)],
+    "of the same": [(3, 3), [[], []], [[[[], []]], []]],
 }
+
+
+def grown(graph, place, steps):
+    """The place that is reached from one by some steps of a nest."""
+    for step in steps:
+        if isinstance(step, tuple):
+            place = graph.add(linear(*step, seed=len(graph.nodes)), place)
+        else:
+            place = graph.add(Sum(), *(grown(graph, place, branch) for branch in step))
+    return place
 
 
 @pytest.mark.parametrize("name", NESTS)
 def test_the_coefficients_of_a_sum_are_those_of_what_float32_rounds_there(name):
-    steps = [linear(*step, seed) if isinstance(step, tuple) else step for seed, step in enumerate(NESTS[name])]
-    last = [step for step in steps if isinstance(step, Block)][-1].affine.out_shape[0]
+    graph = Graph((3,))
+    (last,) = graph.shape(grown(graph, graph.input, NESTS[name]))
     head = np.random.default_rng(9).normal(size=(last, 2))
-    network = Network(tuple(steps), dense(jnp.asarray(head, jnp.float32), jnp.zeros(2), (last,)))
+    network = graph.network(dense(jnp.asarray(head, jnp.float32), jnp.zeros(2), (last,)))
     with jax.enable_x64(True):
-        enclosure = enclosed(network, np.ones(3, np.float32), 0.1)
-        trace, wider = passing_on(network, enclosure, 0, 1), wide(network)
-        zeros = [jnp.zeros(slack.shape) for slack in enclosure.sums]
+        bounds = bounded(network, np.ones(3, np.float32), 0.1)
+        trace, wider, slack = passing_on(network, bounds, 0, 1), wide(network), bounds.slack.sums
+        zeros = [jnp.zeros(each.shape) for each in slack]
 
         def margin(rounded):
             left = iter(rounded)
-            features = wider.walk(
-                jnp.ones(3),
-                lambda place, block, a: block.affine(a),
-                lambda kept, a: kept + a + next(left),
-            )
-            logits = wider.head(features)
+
+            def visit(place, node, *values):
+                value = node.operation(*values)
+                return value + next(left) if isinstance(node.operation, Sum) else value
+
+            logits = wider.head(wider.forward(jnp.ones(3), visit))
             return logits[0] - logits[1]
 
         found = jax.grad(margin)(zeros)
         assert len(found) == len(trace.sums)
         for c, gradient in zip(trace.sums, found, strict=True):
-            np.testing.assert_allclose(c, gradient, atol=1e-12)
-        errors = dual.errors(wider, enclosure.bounds, trace, enclosure.layers, enclosure.sums, jnp.zeros(()))
-        by_hand = sum(np.sum(np.abs(g) * s) for g, s in zip(found, enclosure.sums, strict=True))
+            np.testing.assert_allclose(c.sum, gradient, atol=1e-12)
+        errors = dual.errors(wider, bounds, trace, jnp.zeros(()))
+        by_hand = sum(np.sum(np.abs(g) * s) for g, s in zip(found, slack, strict=True))
         assert float(errors.sums) == pytest.approx(float(by_hand))
         assert float(errors.sums) > 0
 
@@ -173,13 +185,17 @@ def test_the_coefficients_of_a_sum_are_those_of_what_float32_rounds_there(name):
 def test_sums_whose_coefficients_cancel_at_their_beginning_are_not_certified():
     # 16 nested x + (2 - x + ...) around 2^24: the coefficient of x is 0, that of each sum 1. Float32 loses all of it.
     def affine(slope, shift):
-        return Block(dense(jnp.full((1, 1), slope, jnp.float32), jnp.full(1, shift, jnp.float32), (1,)), Identity())
+        return dense(jnp.full((1, 1), slope, jnp.float32), jnp.full(1, shift, jnp.float32), (1,))
 
-    depth = 16
-    steps = [step for _ in range(depth) for step in (Fork(), affine(-1, 2))]
-    steps += [affine(0, 2**24), *(Join() for _ in range(depth))]
+    depth, graph = 16, Graph((1,))
+    places = [graph.input]
+    for _ in range(depth):
+        places.append(graph.add(affine(-1, 2), places[-1]))
+    last = graph.add(affine(0, 2**24), places.pop())
+    while places:
+        last = graph.add(Sum(), places.pop(), last)
     bias = jnp.asarray([-(2.0**24) - depth / 2, 0.0])
-    network = Network(tuple(steps), dense(jnp.asarray([[1.0, 0.0]]), bias, (1,)))
+    network = graph.network(dense(jnp.asarray([[1.0, 0.0]]), bias, (1,)))
     x = jnp.ones((1, 1))
     label = jnp.zeros(1, jnp.int32)
     for eps in (0.0, 1e-9):
@@ -196,35 +212,41 @@ def as_float32(leaf):
     return leaf.astype(jnp.float32).astype(jnp.float64) if floating else leaf
 
 
-def evaluation(network, enclosure, label, rival, multipliers):
-    """What a float32 evaluation is above the truth, and the errors that allow for it."""
-    enclosure, multipliers = jax.tree.map(as_float32, (enclosure, multipliers))
-    arrays = wide(network), enclosure.bounds, multipliers
+def evaluated(network, bounds, label, rival, multipliers):
+    """What a float32 evaluation is above the truth, and its trace."""
 
     def value(network, bounds, multipliers):
         trace = dual.pull(network, bounds, label, rival, dual.given(multipliers))
         return dual.value(network, bounds, trace), trace
 
+    arrays = wide(network), bounds, multipliers
     truth, _ = value(*arrays)
     narrow = jax.tree.map(
         lambda leaf: leaf.astype(jnp.float32) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf, arrays
     )
     computed, trace = value(*narrow)
     assert computed.dtype == jnp.float32
-    region, layers = enclosure.bounds.input, []
-    for block, before in zip(network.blocks, enclosure.bounds.preactivations, strict=True):
-        entering = region.reshape(block.affine.in_shape)
-        layers.append(rounding.adjoint_errors(wide(block.affine), entering, floating_point.UNIT32))
-        lower, upper = (block.activation(bound) for bound in before.box)
-        region = dataclasses.replace(before, lower=lower, upper=upper, center=block.activation(before.center))
-    bounds, trace = enclosure.bounds, wide(trace)
-    errors = dual.errors(wide(network), bounds, trace, tuple(layers), (), jnp.zeros(()), floating_point.UNIT32)
-    return float(computed) - float(truth), dataclasses.asdict(Named(*map(float, errors)))
+    return float(computed) - float(truth), wide(trace)
 
 
-def multipliers_of(enclosure, seed, size):
+def evaluation(network, bounds, label, rival, multipliers):
+    """What a float32 evaluation of a chain is above the truth, and the errors that allow for it."""
+    bounds, multipliers = jax.tree.map(as_float32, (bounds, multipliers))
+    above, trace = evaluated(network, bounds, label, rival, multipliers)
+    region, layers = bounds.input, []
+    for layer, activation, before in zip(network.layers, network.activations, bounds.before, strict=True):
+        entering = region.reshape(layer.in_shape)
+        layers.append(rounding.adjoint_errors(wide(layer), entering, floating_point.UNIT32))
+        lower, upper, center = (activation(value) for value in (*before.box, before.center))
+        region = Region(lower, upper, center, before.radius, jnp.ones(center.shape, bool), before.finite)
+    bounds = dataclasses.replace(bounds, slack=dataclasses.replace(bounds.slack, layers=tuple(layers)))
+    errors = dual.errors(wide(network), bounds, trace, jnp.zeros(()), floating_point.UNIT32)
+    return above, dataclasses.asdict(Named(*map(float, errors)))
+
+
+def multipliers_of(bounds, seed, size):
     rng = np.random.default_rng(seed)
-    g = tuple(jnp.asarray(size * rng.normal(size=b.center.shape)) for b in enclosure.bounds.preactivations)
+    g = tuple(jnp.asarray(size * rng.normal(size=before.center.shape)) for before in bounds.before)
     return Multipliers(g, tuple(jnp.asarray(float(np.exp(3 * rng.normal()))) for _ in g))
 
 
@@ -234,19 +256,19 @@ def multipliers_of(enclosure, seed, size):
 def test_an_evaluation_is_not_above_the_truth_by_more_than_its_rounding(kind, seed, size):
     with jax.enable_x64(True):
         network = oracles.random_network(kind, seed)
-        enclosure = enclosed(network, oracles.random_inputs(network, seed, 1)[0], 0.3)
-        above, errors = evaluation(network, enclosure, 0, 1, multipliers_of(enclosure, seed, size))
+        bounds = bounded(network, oracles.random_inputs(network, seed, 1)[0], 0.3)
+        above, errors = evaluation(network, bounds, 0, 1, multipliers_of(bounds, seed, size))
         assert above <= sum(errors.values()) < np.inf
 
 
 def test_what_the_sums_of_an_evaluation_round_is_needed():
     kernel = np.random.default_rng(0).normal(size=(200, 2)).astype(np.float32) * 1e4
-    network = Network((), dense(jnp.asarray(kernel), jnp.zeros(2), (200,)))
+    network = chain(dense(jnp.asarray(kernel), jnp.zeros(2), (200,)))
     with jax.enable_x64(True):
         found = []
         for seed in range(20):
-            enclosure = enclosed(network, oracles.random_inputs(network, seed, 1)[0], 0.0)
-            found.append(evaluation(network, enclosure, 0, 1, Multipliers((), ())))
+            bounds = bounded(network, oracles.random_inputs(network, seed, 1)[0], 0.0)
+            found.append(evaluation(network, bounds, 0, 1, Multipliers((), ())))
     assert all(above <= sum(errors.values()) for above, errors in found)
     assert any(needed(above, errors, "products") for above, errors in found)
 
@@ -258,25 +280,46 @@ def test_what_the_products_of_an_evaluation_with_a_layer_round_is_needed():
     for _ in range(20):
         weights = rng.integers(-(2**12), 2**12, (2, rows)).astype(np.float32)
         kernel = np.concatenate([weights, -weights.sum(axis=0, keepdims=True)])
-        network = Network(
-            (Block(dense(jnp.asarray(kernel), jnp.zeros(rows), (3,)), ReLU()),),
-            dense(jnp.zeros((rows, 2)), jnp.zeros(2), (rows,)),
-        )
+        layer = dense(jnp.asarray(kernel), jnp.zeros(rows), (3,))
+        network = chain(layer, ReLUActivation(), dense(jnp.zeros((rows, 2)), jnp.zeros(2), (rows,)))
         with jax.enable_x64(True):
-            enclosure = enclosed(network, np.ones(3, np.float32), 0.0)
+            bounds = bounded(network, np.ones(3, np.float32), 0.0)
             g = rng.normal(size=rows)
             g -= np.linalg.lstsq(weights.T.astype(np.float64), g)[0] @ weights
             # Exact regions: what the layer itself rounds has tests of its own.
-            before = enclosure.bounds.preactivations[0]
-            zero = jnp.zeros(rows)
-            before = dataclasses.replace(
-                before, lower=zero, upper=zero, center=zero, radius=jnp.zeros(()), live=jnp.ones(rows, bool)
-            )
-            bounds = dataclasses.replace(enclosure.bounds, preactivations=(before,))
-            exact = dataclasses.replace(enclosure, bounds=bounds)
+            zero, every = jnp.zeros(rows), jnp.ones(rows, bool)
+            before = Preactivation(zero, zero, zero, every, jnp.zeros(()), jnp.asarray(True))
+            exact = dataclasses.replace(bounds, before=(before,))
             found.append(evaluation(network, exact, 0, 1, Multipliers((jnp.asarray(g),), (jnp.zeros(()),))))
     assert all(above <= sum(errors.values()) for above, errors in found)
     assert any(needed(above, errors, "layers") for above, errors in found)
+
+
+def test_what_the_coefficients_of_a_value_lose_where_they_cancel_is_needed():
+    # Coefficients that come to one layer from its readers: -2^24, then minus ones that float32 loses, then 2^24.
+    ones, graph = 24, Graph((1,))
+
+    def times(slope, place):
+        return graph.add(dense(jnp.full((1, 1), slope, jnp.float32), jnp.zeros(1), (1,)), place)
+
+    shared = times(1, graph.input)
+    positive, *between, negative = (times(slope, shared) for slope in (2.0**24, *[-1] * ones, -(2.0**24)))
+    last = graph.add(Sum(), positive, negative)
+    for place in between:
+        last = graph.add(Sum(), last, place)
+    network = graph.network(dense(jnp.asarray([[1.0, 0.0]]), jnp.zeros(2), (1,)))
+    with jax.enable_x64(True):
+        bounds = bounded(network, np.ones(1, np.float32), 0.0)
+        above, trace = evaluated(network, bounds, 0, 1, Multipliers((), ()))
+        assert above == ones
+        assert (float(trace.layers[0].sum[0]), float(trace.layers[0].size[0])) == (0, 2**25)
+
+        def allowed(trace):
+            return float(sum(dual.errors(wide(network), bounds, trace, jnp.zeros(()), floating_point.UNIT32)))
+
+        of_shared = dual.Coefficients.of(trace.layers[0].sum)
+        forgetful = dataclasses.replace(trace, layers=(of_shared, *trace.layers[1:]))
+        assert allowed(forgetful) < above <= allowed(trace)
 
 
 def test_a_value_at_a_rounded_minimiser_is_above_the_minimum_by_no_more_than_its_term():
@@ -288,11 +331,13 @@ def test_a_value_at_a_rounded_minimiser_is_above_the_minimum_by_no_more_than_its
             c = rng.normal(size=4) * float(weight) * width
             arrays = (center - width, center + width, center, np.float64(1))
             lower, upper, center, radius = (as_float32(jnp.asarray(array)) for array in arrays)
-            region = lipjax.Region(lower, upper, center, radius, jnp.ones(4, bool), jnp.asarray(True))
-            narrow = jax.tree.map(lambda leaf: leaf.astype(jnp.float32) if leaf.dtype == jnp.float64 else leaf, region)
+            before = Preactivation(lower, upper, center, jnp.ones(4, bool), radius, jnp.asarray(True))
+            narrow = jax.tree.map(lambda leaf: leaf.astype(jnp.float32) if leaf.dtype == jnp.float64 else leaf, before)
             c = as_float32(jnp.asarray(c))
-            _, z = ReLU().minimum(c.astype(jnp.float32), jnp.zeros(4, jnp.float32), jnp.float32(weight), narrow)
-            least, _ = ReLU().minimum(c, jnp.zeros(4), jnp.float64(weight), region)
+            _, z = ReLUActivation().minimum(
+                c.astype(jnp.float32), jnp.zeros(4, jnp.float32), jnp.float32(weight), narrow
+            )
+            least, _ = ReLUActivation().minimum(c, jnp.zeros(4), jnp.float64(weight), before)
             z = z.astype(jnp.float64)
             attained = jnp.sum(c * jnp.maximum(z, 0) + float(weight) / 2 * (z - center) ** 2)
             largest = jnp.maximum(jnp.abs(lower), jnp.abs(upper))
@@ -347,15 +392,14 @@ def test_the_dual_certifies_what_the_forward_pass_does_not_and_draws_no_start():
 def test_what_is_not_finite_proves_nothing():
     network = oracles.random_network("dense relu", 1)
     with jax.enable_x64(True):
-        enclosure = enclosed(network, oracles.random_inputs(network, 1, 1)[0], 0.01)
-        start = multipliers_of(enclosure, 1, 0.1)
-        proof = [proven_margin(wide(network), enclosure, 0, 1, start)]
+        bounds = bounded(network, oracles.random_inputs(network, 1, 1)[0], 0.01)
+        start = multipliers_of(bounds, 1, 0.1)
+        proof = [proven_margin(wide(network), bounds, 0, 1, start)]
         for bad in (np.nan, np.inf):
             spoiled = Multipliers((start.g[0] * bad, *start.g[1:]), start.weight)
-            proof.append(proven_margin(wide(network), enclosure, 0, 1, spoiled))
-        bounds = enclosure.bounds
+            proof.append(proven_margin(wide(network), bounds, 0, 1, spoiled))
         unfinite = dataclasses.replace(bounds.features, finite=jnp.asarray(False))
-        overflowed = dataclasses.replace(enclosure, bounds=dataclasses.replace(bounds, features=unfinite))
+        overflowed = dataclasses.replace(bounds, features=unfinite)
         proof.append(proven_margin(wide(network), overflowed, 0, 1, start))
     assert np.isfinite(proof[0])
     assert np.isnan(proof[1:]).all()

@@ -61,8 +61,8 @@ def test_negative_eps_is_refused_and_a_traced_one_not_certified():
     network, x, label = chain((1.0, 1.0, 1.0)), jnp.array([[0.9]]), jnp.array([0])
     with pytest.raises(ValueError, match=r"eps is -5\.0; expected a finite radius of at least 0"):
         lipjax.certify(network, x, label, -5.0, **SOUND)
-    traced = jax.jit(lambda eps: lipjax.propagate(network, lipjax.l2_ball(x[0], eps), lipjax.Given(jnp.ones(2))))
-    bounds = traced(jnp.float32(-5.0))
+    traced = jax.jit(lambda eps: lipjax.propagate(network, lipjax.l2_ball(x, eps), lipjax.Given(jnp.ones(2))))
+    bounds = jax.tree.map(lambda leaf: leaf[0], traced(jnp.float32(-5.0)))
     margins = lipjax.box_and_ball(network.head, bounds.features, label[0])
     assert not bool(certificate(network, bounds, margins, label[0], "estimate").certified)
 
@@ -80,9 +80,20 @@ def test_half_precision_pixels_are_refused_because_they_would_round_eps(dtype):
         lipjax.local_lipschitz(chain((1.0, 1.0, 1.0)), jnp.ones((1, 1), dtype), 1.58, **SOUND)
 
 
-def test_one_radius_for_a_batch():
-    with pytest.raises(ValueError, match=r"eps has shape \(1,\); expected one radius"):
-        lipjax.certify(chain((1.0, 1.0, 1.0)), jnp.array([[0.9]]), jnp.array([0]), jnp.array([0.1]), **SOUND)
+def test_one_radius_for_a_batch_or_one_per_input():
+    batch = chain((1.0, 1.0, 1.0)), jnp.array([[0.9]]), jnp.array([0])
+    with pytest.raises(ValueError, match=r"eps has shape \(2,\); expected one radius, or one per input \(1,\)"):
+        lipjax.certify(*batch, jnp.array([0.1, 0.1]), **SOUND)
+    assert lipjax.certify(*batch, np.array([0.1]), **SOUND) == lipjax.certify(*batch, 0.1, **SOUND)
+
+
+def test_each_input_is_certified_at_its_own_radius():
+    network, x, label = chain((1.0, 1.0, 1.0)), jnp.array([[0.9], [0.9]]), jnp.array([0, 0])
+    found = lipjax.certify(network, x, label, np.array([0.1, 0.5]), level="deterministic")
+    np.testing.assert_array_equal(found.certified, [True, False])
+    for k, eps in enumerate((0.1, 0.5)):
+        alone = lipjax.certify(network, x[:1], label[:1], eps, level="deterministic")
+        np.testing.assert_allclose(found.worst_margin[k], alone.worst_margin[0], rtol=1e-6)
 
 
 def test_float32_networks_work_where_float64_is_enabled():

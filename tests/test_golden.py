@@ -17,20 +17,19 @@ import oracles
 import pytest
 
 from lipjax import (
-    Block,
-    ClippedReLU,
+    ClippedReLUActivation,
     Estimate,
-    Network,
     Region,
-    ReLU,
+    ReLUActivation,
     box_and_ball,
+    chain,
     convolution,
     cross_entropy,
     dense,
-    global_norms,
     gloro,
     l2_ball,
     propagate,
+    whole_norms,
     worst_logits,
 )
 
@@ -65,15 +64,17 @@ def load(case):
     with np.load(path) as file:
         golden = {name: file[name] for name in file.files if not name.startswith(("g_", "n1", "n2", "n5", "u0"))}
     x = jnp.asarray(nhwc(golden["x"]), jnp.float32)
-    shape, blocks = x.shape[1:], []
+    shape, operations = x.shape[1:], []
     last = int(golden["n_weight_layers"]) - 1
     for k in range(last):
         affine = layer_of(golden, k, shape)
         shape = affine.out_shape
         theta = golden.get(f"theta{k}")
-        activation = ReLU() if theta is None else ClippedReLU(jnp.asarray(nhwc(theta)[0], jnp.float32))
-        blocks.append(Block(affine, activation))
-    return golden, x, Network(tuple(blocks), layer_of(golden, last, shape))
+        activation = (
+            ReLUActivation() if theta is None else ClippedReLUActivation(jnp.asarray(nhwc(theta)[0], jnp.float32))
+        )
+        operations += [affine, activation]
+    return golden, x, chain(*operations, layer_of(golden, last, shape))
 
 
 @functools.cache
@@ -83,7 +84,7 @@ def bounds_of(case):
     if case not in SMALL:
         norm = Estimate(jax.random.key(3), tol=1e-3, max_iters=LARGE_ITERS)
     eps = float(golden["eps"])
-    return oracles.jit(jax.vmap(lambda one: propagate(network, l2_ball(one, eps), norm)))(x)
+    return oracles.jit(lambda x: propagate(network, l2_ball(x, eps), norm))(x)
 
 
 LARGE_ITERS = 60
@@ -98,7 +99,7 @@ def test_forward_pass(case):
     golden, x, network = load(case)
     np.testing.assert_allclose(network(x), golden["logits"], rtol=0, atol=tolerance(golden["logits"]))
     bounds = bounds_of(case)
-    for k, before in enumerate(bounds.preactivations):
+    for k, before in enumerate(bounds.before):
         expected = nhwc(golden[f"mu_pre{k}"])
         np.testing.assert_allclose(before.center, expected, rtol=0, atol=tolerance(expected))
 
@@ -106,7 +107,7 @@ def test_forward_pass(case):
 @pytest.mark.parametrize("case", ALL)
 def test_boxes_are_never_looser_than_the_reference(case):
     golden, *_ = load(case)
-    for k, before in enumerate(bounds_of(case).preactivations):
+    for k, before in enumerate(bounds_of(case).before):
         lower, upper = nhwc(golden[f"pre_lb{k}"]), nhwc(golden[f"pre_ub{k}"])
         slack = tolerance(np.concatenate([lower.ravel(), upper.ravel()]))
         assert np.all(np.asarray(before.lower) >= lower - slack)
@@ -119,7 +120,7 @@ def test_boxes_are_never_looser_than_the_reference(case):
 def test_the_first_box_of_a_dense_network_is_the_reference_s():
     for case in ("case1_toy", "case1b_toy2class", "case2_mlp_relutheta"):
         golden, *_ = load(case)
-        before = bounds_of(case).preactivations[0]
+        before = bounds_of(case).before[0]
         np.testing.assert_allclose(before.lower, golden["pre_lb0"], atol=tolerance(golden["pre_lb0"]))
         np.testing.assert_allclose(before.upper, golden["pre_ub0"], atol=tolerance(golden["pre_ub0"]))
 
@@ -133,7 +134,7 @@ def test_boxes_hold_sampled_points(case):
         points = oracles.ball_points(rng, center, float(golden["eps"]), 100, exact.jacobian(center))
         before, after = exact.activations(points)
         still = exact.activations(center)[1]
-        for k, region in enumerate(bounds.preactivations):
+        for k, region in enumerate(bounds.before):
             slack = tolerance(before[k])
             assert np.all(before[k] >= np.asarray(region.lower[i], np.float64).ravel() - slack)
             assert np.all(before[k] <= np.asarray(region.upper[i], np.float64).ravel() + slack)
@@ -146,19 +147,19 @@ def test_boxes_of_the_large_network_hold_sampled_points():
     bounds, rng = bounds_of("case6_4c3f_mnist"), np.random.default_rng(0)
     points = oracles.ball_points(rng, np.asarray(x[0], np.float64).ravel(), float(golden["eps"]), 16)
     z = jnp.asarray(points.reshape(-1, *x.shape[1:]), jnp.float32)
-    for block, region in zip(network.blocks, bounds.preactivations, strict=True):
-        z = oracles.jit(jax.vmap(block.affine))(z.reshape(-1, *block.affine.in_shape))
+    for layer, activation, region in zip(network.layers, network.activations, bounds.before, strict=True):
+        z = oracles.jit(jax.vmap(layer))(z.reshape(-1, *layer.in_shape))
         slack = tolerance(np.asarray(z))
         assert np.all(np.asarray(z) >= np.asarray(region.lower[0]) - slack)
         assert np.all(np.asarray(z) <= np.asarray(region.upper[0]) + slack)
-        z = block.activation(z) if isinstance(block.activation, ReLU) else jax.vmap(block.activation)(z)
+        z = activation(z) if isinstance(activation, ReLUActivation) else jax.vmap(activation)(z)
 
 
 @pytest.mark.parametrize("case", ALL)
 def test_what_is_live_is_live_in_the_reference(case):
     golden, *_ = load(case)
     bounds = bounds_of(case)
-    for k, (live, before) in enumerate(zip(bounds.live, bounds.preactivations, strict=True)):
+    for k, (live, before) in enumerate(zip(bounds.live, bounds.before, strict=True)):
         reference = nhwc(golden[f"mask{k}"]).astype(bool)
         extra = np.asarray(live) & ~reference
         theta = nhwc(golden[f"theta{k}"]) if f"theta{k}" in golden else np.inf
@@ -202,14 +203,14 @@ def test_local_constants_are_never_above_the_reference(case):
 def test_global_norms(case):
     golden, _, network = load(case)
     norm = Estimate(jax.random.key(3), tol=1e-6, max_iters=20000)
-    sigmas = oracles.jit(lambda network: global_norms(network, norm)[0])(network)
+    sigmas = oracles.jit(lambda layers: whole_norms(layers, norm)[0])(network.layers)
     np.testing.assert_allclose(sigmas, golden["sigma_global_exact"], rtol=1e-4)
 
 
 @pytest.mark.parametrize("case", ALL)
 def test_worst_logits_and_losses_for_the_region_of_the_reference(case):
     golden, x, network = load(case)
-    k = len(network.blocks) - 1
+    k = len(network.activations) - 1
     lower, upper, center = (
         jnp.asarray(nhwc(golden[f"{name}{k}"]), jnp.float32) for name in ("post_lb", "post_ub", "mu_post")
     )

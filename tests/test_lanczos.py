@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lipjax import convolution, dense
-from lipjax.norms import lanczos, levels
+from lipjax.norms import cohorts, lanczos, levels
 
 RTOL = 1e-3
 SURE = 1e-10  # a t_delta that no start of a test comes near
@@ -422,7 +422,7 @@ def test_lanczos_bounds_the_norm_of_every_masked_layer_whatever_the_batch(name, 
 
 
 def test_no_place_is_written_twice_and_what_fills_up_a_batch_lies_outside():
-    found = list(levels.parts(np.array([0, 2, 3, 5, 6]), 2, 7))
+    found = list(cohorts.parts(np.array([0, 2, 3, 5, 6]), 2, 7))
     assert [part.tolist() for part in found] == [[0, 2], [3, 5], [6, 7]]
 
 

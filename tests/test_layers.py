@@ -9,15 +9,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lipjax import (
-    ClippedMaxMin,
-    ClippedReLU,
-    Identity,
-    MaxMin,
-    ReLU,
+    Affine,
+    Bilinear,
+    ClippedMaxMinActivation,
+    ClippedReLUActivation,
+    IdentityActivation,
+    MaxMinActivation,
+    ReLUActivation,
     convolution,
     dense,
 )
-from lipjax.networks.layers import Affine
 
 
 def _array(rng, *shape):
@@ -88,16 +89,32 @@ def test_adjoint_is_the_transposed_matrix(layer):
     close(back, matrix.T @ np.asarray(z, np.float64).ravel())
 
 
-def test_adjoint_of_a_new_layer_with_only_a_form_is_its_transpose():
-    class Scaled(Affine):
-        def form(self, kernel, a):
-            return kernel * a
+class OnlyForm(Bilinear):
+    def form(self, kernel, a):
+        return kernel * a
 
+
+class OnlyLinear(Affine):
+    scale = jnp.array([0.5, -2.0, 0.0, 3.0])
+
+    def linear(self, a):
+        return self.scale * a
+
+
+def test_a_new_layer_with_only_a_form_or_only_its_products_has_everything_else():
     rng = np.random.default_rng(5)
-    layer = Scaled(_array(rng, 4), jnp.zeros(4), (4,), (4,))
-    z = _array(rng, 4)
-    close(layer.adjoint()(z), np.asarray(layer.kernel) * np.asarray(z))
-    close(layer.row_norms(jnp.ones(4, bool)), np.abs(np.asarray(layer.kernel)))
+    options = {"bias": jnp.zeros(4), "in_shape": (4,), "out_shape": (4,)}
+    for layer, scale in (
+        (OnlyForm(kernel=OnlyLinear.scale, **options), np.asarray(OnlyLinear.scale)),
+        (OnlyLinear(**options), np.asarray(OnlyLinear.scale)),
+    ):
+        z = _array(rng, 4)
+        close(layer.adjoint()(z), scale * np.asarray(z))
+        close(layer.row_norms(jnp.ones(4, bool)), np.abs(scale))
+        close(layer.absolute(jnp.abs(z)), np.abs(scale * np.asarray(z)))
+        close(layer.absolute_adjoint(jnp.abs(z)), np.abs(scale * np.asarray(z)))
+        close(layer.matrix(), np.diag(scale))
+        close(layer.row(1), [0, scale[1], 0, 0])
 
 
 def test_gradient_of_row_norms_is_finite_for_rows_without_live_columns():
@@ -135,8 +152,8 @@ def _boxes(seed, clip):
 
 def _activation(kind, theta):
     clips = theta[: NEURONS // 2], -theta[NEURONS // 2 :]
-    kinds = {"identity": Identity(), "relu": ReLU(), "clipped": ClippedReLU(theta)}
-    return (kinds | {"maxmin": MaxMin(), "clipped maxmin": ClippedMaxMin(*clips)})[kind]
+    kinds = {"identity": IdentityActivation(), "relu": ReLUActivation(), "clipped": ClippedReLUActivation(theta)}
+    return (kinds | {"maxmin": MaxMinActivation(), "clipped maxmin": ClippedMaxMinActivation(*clips)})[kind]
 
 
 KINDS = st.sampled_from(["identity", "relu", "clipped", "maxmin", "clipped maxmin"])
@@ -186,13 +203,13 @@ def test_boxes_map_corner_to_corner_and_steps_never_grow(kind, seed, clip):
 def test_live_is_what_varies_in_a_case_by_case_table():
     lower = jnp.array([-2.0, -1.0, -1.0, 0.5, 1.0, 0.0, 0.0, 2.0])
     upper = jnp.array([-1.0, 0.0, 0.5, 0.9, 3.0, 0.0, 0.1, 3.0])
-    relu, clipped = ReLU(), ClippedReLU(jnp.ones(8))
+    relu, clipped = ReLUActivation(), ClippedReLUActivation(jnp.ones(8))
     assert relu.live_rows(lower, upper).tolist() == [False, False, True, True, True, False, True, True]
     assert clipped.live_rows(lower, upper).tolist() == [False, False, True, True, False, False, True, False]
     for activation in (relu, clipped):
         assert activation.live_outputs(lower, upper).tolist() == activation.live_rows(lower, upper).tolist()
-    assert Identity().live_rows(lower, upper).all()
-    assert Identity().live_outputs(lower, upper).all()
+    assert IdentityActivation().live_rows(lower, upper).all()
+    assert IdentityActivation().live_outputs(lower, upper).all()
 
 
 def test_rows_and_outputs_of_clipped_maxmin_in_a_case_by_case_table():
@@ -201,7 +218,7 @@ def test_rows_and_outputs_of_clipped_maxmin_in_a_case_by_case_table():
     lower1, upper1 = [-1.0, 0.5, 1.5, 2.0, 0.0, -1.5], [1.0, 0.9, 1.9, 3.0, 0.5, 0.5]
     lower2, upper2 = [-0.5, -0.5, -0.5, 1.2, -3.0, -3.0], [0.5, 0.0, 0.5, 1.5, -2.0, -1.2]
     lower, upper = jnp.array(lower1 + lower2), jnp.array(upper1 + upper2)
-    activation = ClippedMaxMin(jnp.ones(6), -jnp.ones(6))
+    activation = ClippedMaxMinActivation(jnp.ones(6), -jnp.ones(6))
     outputs, rows = activation.live_outputs(lower, upper).tolist(), activation.live_rows(lower, upper).tolist()
     assert outputs[:6] == [True, True, False, False, True, True]
     assert outputs[6:] == [True, True, True, True, False, False]
@@ -211,7 +228,7 @@ def test_rows_and_outputs_of_clipped_maxmin_in_a_case_by_case_table():
 
 def test_dropping_rows_of_clipped_maxmin_tightens_the_norm_and_dropping_them_like_outputs_would_be_wrong():
     """The published code drops columns only; by the outputs that vary it would drop rows that feed another output."""
-    activation = ClippedMaxMin(jnp.ones(1), jnp.full(1, -1.0))
+    activation = ClippedMaxMinActivation(jnp.ones(1), jnp.full(1, -1.0))
     lower, upper = jnp.array([1.5, -0.5]), jnp.array([2.5, 0.5])  # the max is clipped; the min is row 2
     rows, outputs = activation.live_rows(lower, upper), activation.live_outputs(lower, upper)
     assert rows.tolist() == outputs.tolist() == [False, True]
@@ -225,7 +242,7 @@ def test_dropping_rows_of_clipped_maxmin_tightens_the_norm_and_dropping_them_lik
 
 
 def test_neurons_with_theta_at_or_below_zero_are_dead_and_masks_are_booleans():
-    activation = ClippedReLU(jnp.array([-1.0, 0.0, 1.0]))
+    activation = ClippedReLUActivation(jnp.array([-1.0, 0.0, 1.0]))
     lower, upper = jnp.full(3, -1.0), jnp.full(3, 0.5)
     for mask in (activation.live_rows(lower, upper), activation.live_outputs(lower, upper)):
         assert mask.dtype == bool
@@ -235,7 +252,14 @@ def test_neurons_with_theta_at_or_below_zero_are_dead_and_masks_are_booleans():
 
 
 @pytest.mark.parametrize(
-    "activation", [Identity(), ReLU(), ClippedReLU(jnp.full(2, 1.0)), MaxMin(), ClippedMaxMin(*jnp.ones((2, 1)))]
+    "activation",
+    [
+        IdentityActivation(),
+        ReLUActivation(),
+        ClippedReLUActivation(jnp.full(2, 1.0)),
+        MaxMinActivation(),
+        ClippedMaxMinActivation(*jnp.ones((2, 1))),
+    ],
 )
 def test_nan_bounds_come_out_live(activation):
     nan = jnp.full(2, jnp.nan)
@@ -244,5 +268,5 @@ def test_nan_bounds_come_out_live(activation):
 
 
 def test_a_nan_clip_comes_out_live():
-    activation = ClippedReLU(jnp.full(2, jnp.nan))
+    activation = ClippedReLUActivation(jnp.full(2, jnp.nan))
     assert activation.live_rows(jnp.full(2, -1.0), jnp.full(2, 1.0)).all()

@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lipjax import (
-    ClippedMaxMin,
-    ClippedReLU,
-    MaxMin,
-    Region,
-    ReLU,
+    ClippedMaxMinActivation,
+    ClippedReLUActivation,
+    MaxMinActivation,
+    Preactivation,
+    ReLUActivation,
     cross_entropy,
     gloro,
     mixed,
@@ -93,37 +93,37 @@ def test_mixed_at_its_ends_and_between():
     assert mixed(clean, worst, 0.25).tolist() == [2.5, 6.5]
 
 
-def _region(rng, shape):
+def _before(rng, shape):
     lower = rng.standard_normal(shape)
     upper = lower + rng.uniform(0, 2, shape)
     arrays = [jnp.asarray(a, jnp.float32) for a in (lower, upper)]
-    return Region(*arrays, arrays[0], None, jnp.ones(shape, bool), jnp.asarray(True)), lower, upper
+    return Preactivation(*arrays, arrays[0], jnp.ones(shape, bool), None, jnp.asarray(True)), lower, upper
 
 
 def test_sparsity_is_the_mean_distance_of_neurons_from_being_constant():
     rng = np.random.default_rng(1)
-    region, lower, upper = _region(rng, (3, 4, 2))
+    before, lower, upper = _before(rng, (3, 4, 2))
     theta = rng.uniform(0, 1, lower.shape)
-    clipped = ClippedReLU(jnp.asarray(theta, jnp.float32))
+    clipped = ClippedReLUActivation(jnp.asarray(theta, jnp.float32))
     below, above = np.where(upper > 0, upper, 0), np.where(theta > lower, theta - lower, 0)
-    assert float(sparsity(clipped, region, 0.1)) == pytest.approx(np.mean(below + 0.1 * above), rel=1e-5)
-    assert float(sparsity(ReLU(), region, 0.1)) == pytest.approx(np.mean(below), rel=1e-5)
-    assert float(sparsity(MaxMin(), region, 0.1)) == 0
-    dead = dataclasses.replace(region, lower=-(region.upper**2) - 2, upper=-(region.upper**2) - 1)
+    assert float(sparsity(clipped, before, 0.1)) == pytest.approx(np.mean(below + 0.1 * above), rel=1e-5)
+    assert float(sparsity(ReLUActivation(), before, 0.1)) == pytest.approx(np.mean(below), rel=1e-5)
+    assert float(sparsity(MaxMinActivation(), before, 0.1)) == 0
+    dead = dataclasses.replace(before, lower=-(before.upper**2) - 2, upper=-(before.upper**2) - 1)
     assert float(sparsity(clipped, dead, 0.0)) == 0
 
 
 def test_sparsity_of_clipped_maxmin_is_by_the_box_between_maxmin_and_its_clips():
     rng = np.random.default_rng(2)
-    region, lower, upper = _region(rng, (2, 6))
+    before, lower, upper = _before(rng, (2, 6))
     a, b = rng.uniform(0, 1, (2, 3)), rng.uniform(-1, 0, (2, 3))
-    activation = ClippedMaxMin(jnp.asarray(a, jnp.float32), jnp.asarray(b, jnp.float32))
+    activation = ClippedMaxMinActivation(jnp.asarray(a, jnp.float32), jnp.asarray(b, jnp.float32))
     terms = []
     for i in range(2):
         for j in range(3):
             terms.append(0.5 * max(0.0, a[i, j] - max(lower[i, j], lower[i, j + 3])))
             terms.append(max(0.0, min(upper[i, j], upper[i, j + 3]) - b[i, j]))
-    assert float(sparsity(activation, region, 0.5)) == pytest.approx(np.mean(terms), rel=1e-5)
+    assert float(sparsity(activation, before, 0.5)) == pytest.approx(np.mean(terms), rel=1e-5)
 
 
 def test_trades_is_cross_entropy_and_a_weighted_divergence():

@@ -241,7 +241,7 @@ def test_gradients_are_finite_where_nothing_varies():
 
 def test_a_region_without_what_the_margins_need_is_refused():
     head = lipjax.dense(jnp.eye(2), jnp.zeros(2), (2,))
-    region = lipjax.l2_ball(jnp.zeros(2), 0.1)
+    region = jax.tree.map(lambda leaf: leaf[0], lipjax.l2_ball(jnp.zeros((1, 2)), 0.1))
     with pytest.raises(ValueError, match="has no box"):
         lipjax.box_and_ball(head, region.without_box(), 0)
     with pytest.raises(ValueError, match="has no ball"):

@@ -11,15 +11,15 @@ import oracles
 import pytest
 
 from configs import common, digits
-from lipjax import Given, l2_ball, propagate
+from lipjax import Given, ReLUActivation, chain, dense, l2_ball, propagate
 from lipjax.bounds import margins
 from lipjax.experiments import recipe
-from lipjax.training import methods, training_step
+from lipjax.training import objectives, training_step, unbounded
 
 EPS, KAPPA, BATCH = 0.2, 0.25, 4
 KEY = jax.random.key(3)
 BOUNDED = [name for name, parts in common.METHODS.items() if parts["margins"] not in ("none", "dual")]
-CONVERGED = methods.Iterations(num_iters=300, global_iters=300, noise=0.01)
+CONVERGED = objectives.Iterations(num_iters=300, global_iters=300, noise=0.01)
 
 
 def objective(name, **changes):
@@ -122,11 +122,11 @@ def test_standard_training_is_cross_entropy_whatever_the_radius():
 
 
 def linear(slopes):
-    """A classifier without hidden layers: two logits, 0 and slopes . x."""
+    """A classifier that is linear where pixels are positive: two logits, 0 and slopes . x."""
     kernel = np.stack([np.zeros_like(slopes), slopes], axis=1).astype(np.float32)
-    head = oracles.dense(jnp.asarray(kernel), jnp.zeros(2), slopes.shape)
-    hidden = oracles.Block(oracles.dense(jnp.eye(slopes.size), jnp.zeros(slopes.size), slopes.shape), oracles.ReLU())
-    return oracles.Network((hidden,), head)
+    head = dense(jnp.asarray(kernel), jnp.zeros(2), slopes.shape)
+    hidden = dense(jnp.eye(slopes.size), jnp.zeros(slopes.size), slopes.shape)
+    return chain(hidden, ReLUActivation(), head)
 
 
 @pytest.mark.parametrize("name", ["at", "trades"])
@@ -145,7 +145,7 @@ def test_attacks_of_linear_classifiers_nearly_reach_the_worst_point(name):
             if name == "at":
                 return -log_softmax(moved)[y]
             p, q = (np.exp(log_softmax(z)) for z in (clean, moved))
-            return -log_softmax(clean)[y] + methods.TRADES_BETA * np.sum(p * np.log(p / q))
+            return -log_softmax(clean)[y] + unbounded.TRADES_BETA * np.sum(p * np.log(p / q))
 
         worst, nearly = max(at(eps), at(-eps)), max(at(0.95 * eps), at(-0.95 * eps))
         assert nearly <= loss[i] <= worst * (1 + 1e-5)
@@ -165,7 +165,7 @@ def test_an_unknown_method_is_named_with_the_list():
 
 def test_random_starts_are_new_in_every_step_and_lower_than_saved_ones():
     network, x, label = network_and_batch()
-    few = methods.Iterations(num_iters=1, global_iters=300)
+    few = objectives.Iterations(num_iters=1, global_iters=300)
     saved = dataclasses.replace(objective("local_bcp"), iterations=few)
     fresh = dataclasses.replace(saved, iterations=dataclasses.replace(few, saved=False))
     assert saved.kept(network) == (0, 1, 2)
@@ -182,7 +182,7 @@ def test_chosen_layers_have_the_norm_of_the_whole_layer_and_keep_no_vectors():
     network, x, label = network_and_batch()
     chosen = objective("local_lmt")
     mixed = dataclasses.replace(chosen, iterations=dataclasses.replace(CONVERGED, global_layers=(1, 3)))
-    assert chosen.kept(network) == (0, 1, 2, 3)  # three blocks and the last layer
+    assert chosen.kept(network) == (0, 1, 2, 3)  # three layers and the last one
     assert mixed.kept(network) == (0, 2)
     _, metrics, vectors = evaluate(mixed, network, x, label)
     matrices = [matrix for matrix, _ in oracles.DenseNetwork(network).layers]
@@ -214,7 +214,8 @@ def test_the_sparsity_loss_is_added_with_its_weight():
 
 def test_lipschitz_margins_are_never_above_pairwise_ones():
     network, x, label = network_and_batch()
-    features = propagate(network, l2_ball(x[0], EPS), Given(jnp.array([1.3, 0.8, 0.9]))).features
+    bounds = propagate(network, l2_ball(x[:1], EPS), Given(jnp.array([1.3, 0.8, 0.9])))
+    features = jax.tree.map(lambda leaf: leaf[0], bounds.features)
     sigma = oracles.spectral_norm(np.asarray(network.head.kernel) * np.asarray(features.live)[:, None])
     lmt = margins.lipschitz_margin(network.head, features, label[0], jnp.float32(sigma))
     assert np.all(lmt <= margins.pairwise_lipschitz(network.head, features, label[0]) + 1e-6)

@@ -11,11 +11,14 @@ import pytest
 from flax import nnx
 
 from lipjax import (
-    ClippedMaxMin,
-    ClippedReLU,
-    MaxMin,
-    MaxPool,
-    ReLU,
+    ClippedMaxMinActivation,
+    ClippedReLUActivation,
+    Conv,
+    Dense,
+    MaxMinActivation,
+    MaxPoolActivation,
+    ReLUActivation,
+    Sum,
     from_flax,
 )
 from lipjax.experiments import architectures
@@ -81,17 +84,23 @@ def test_every_architecture_has_every_activation_and_input_shape(architecture, a
 
     network = jax.eval_shape(read)
     assert (network.num_classes, network.input_shape) == (7, shape)
-    assert len(network.blocks) == len(architectures.ARCHITECTURES[architecture])
-    kinds = {"relu": ReLU, "clipped_relu": ClippedReLU, "maxmin": MaxMin, "clipped_maxmin": ClippedMaxMin}
-    assert {type(block.activation) for block in network.blocks} == {kinds[activation]}
+    hidden = len(architectures.ARCHITECTURES[architecture])
+    assert len(network.layers) == len(network.activations) == hidden
+    kinds = {
+        "relu": ReLUActivation,
+        "clipped_relu": ClippedReLUActivation,
+        "maxmin": MaxMinActivation,
+        "clipped_maxmin": ClippedMaxMinActivation,
+    }
+    assert {type(each) for each in network.activations} == {kinds[activation]}
 
 
 def test_clips_are_those_of_each_layer_and_another_number_of_them_is_refused():
     build = functools.partial(architectures.classifier, "mlp", "clipped_maxmin", (8, 8, 1), 10, rngs=nnx.Rngs(0))
-    blocks = from_flax(build(upper_clip=(0.1, 0.2), lower_clip=(-0.3,)), (8, 8, 1)).blocks
-    assert [float(b.activation.upper_clip[0]) for b in blocks] == pytest.approx([0.1, 0.2])
-    assert [float(b.activation.lower_clip[0]) for b in blocks] == pytest.approx([-0.3, -0.3])
-    assert blocks[0].activation.upper_clip.shape == (128,)
+    activations = from_flax(build(upper_clip=(0.1, 0.2), lower_clip=(-0.3,)), (8, 8, 1)).activations
+    assert [float(each.upper_clip[0]) for each in activations] == pytest.approx([0.1, 0.2])
+    assert [float(each.lower_clip[0]) for each in activations] == pytest.approx([-0.3, -0.3])
+    assert activations[0].upper_clip.shape == (128,)
     with pytest.raises(ValueError, match=r"3 clips .* for 2 hidden layers; give one, or one for each"):
         build(upper_clip=(1.0, 1.0, 1.0))
 
@@ -109,7 +118,7 @@ def test_neuron_counts_are_those_of_the_paper():
             )
 
         network = jax.eval_shape(read)
-        sizes = [block.activation.theta.size for block in network.blocks]
+        sizes = [activation.theta.size for activation in network.activations]
         return sum(sizes), round((sum(leaf.size for leaf in jax.tree.leaves(network)) - sum(sizes)) / 1e6, 3)
 
     assert thetas("4c3f", (28, 28, 1)) == (48064, 1.975)
@@ -241,7 +250,7 @@ def test_a_network_is_a_pytree_with_a_static_structure():
     leaves, structure = jax.tree.flatten(network)
     assert len(leaves) == 4
     again = jax.tree.unflatten(structure, leaves)
-    assert isinstance(again.blocks[0].activation, ReLU)
+    assert isinstance(again.activations[0], ReLUActivation)
     assert again.input_shape == (3,)
 
 
@@ -349,9 +358,34 @@ def test_folded_networks_compute_the_same(name):
     assert_same(nnx.Sequential(*FOLDED[name]), (6, 6, 2))
 
 
+@pytest.mark.parametrize(
+    ("name", "operations"),
+    [
+        ("normalised input", [Conv, ReLUActivation]),
+        ("batch norm after a convolution", [Conv, ReLUActivation]),
+        ("batch norm before a padded convolution", [Conv, ReLUActivation, Conv, ReLUActivation]),
+        ("batch norm before a dense layer", [Conv, ReLUActivation]),
+        ("two shifts and a scale", [Conv]),
+        ("inactive dropout", [Conv, ReLUActivation]),
+        ("activations without a layer between", [ReLUActivation, ReLUActivation]),
+        ("a residual sum", [Conv, ReLUActivation, Conv, Sum, ReLUActivation]),
+    ],
+)
+def test_what_is_affine_is_folded_into_as_few_layers_as_can_be(name, operations):
+    network = from_flax(nnx.Sequential(*FOLDED[name]), (6, 6, 2))
+    assert [type(node.operation) for node in network.nodes[1:]] == operations
+    assert isinstance(network.head, Dense)
+
+
+def test_a_residual_sum_around_affine_layers_alone_is_one_layer():
+    residual = modules.Residual(conv(2, 2, padding=1, use_bias=False), trained_norm(2))
+    network = assert_same(nnx.Sequential(residual, nnx.relu, *tail(72)), (6, 6, 2))
+    assert [type(node.operation) for node in network.nodes[1:]] == [Conv, ReLUActivation]
+
+
 def test_the_shift_before_a_padded_convolution_is_a_bias_that_differs_at_the_borders():
     network = from_flax(nnx.Sequential(lambda x: x + 1, conv(2, 3, padding=1), nnx.relu, *tail(108)), (6, 6, 2))
-    bias = np.asarray(network.blocks[0].affine.bias)
+    bias = np.asarray(network.layers[0].bias)
     assert bias.shape == (6, 6, 3)
     np.testing.assert_allclose(bias[1:-1, 1:-1], np.broadcast_to(bias[2, 2], (4, 4, 3)), rtol=1e-6)
     assert np.abs(bias[0] - bias[2]).max() > 0.01
@@ -405,9 +439,12 @@ def test_a_network_that_computes_something_else_than_its_model_is_refused(monkey
 
 
 def test_max_pooling_has_the_constant_of_its_overlap():
-    assert MaxPool((8, 8, 1), (2, 2), (2, 2), ((0, 0), (0, 0))).lipschitz == 1.0
-    assert MaxPool((9, 9, 1), (3, 3), (2, 2), ((0, 0), (0, 0))).lipschitz == 2.0
-    assert MaxPool((9, 9, 1), (3, 3), (1, 2), ((0, 0), (0, 0))).lipschitz == pytest.approx(np.sqrt(6))
+    assert MaxPoolActivation((8, 8, 1), (2, 2), (2, 2), ((0, 0), (0, 0))).lipschitz == 1.0
+    assert MaxPoolActivation((9, 9, 1), (3, 3), (2, 2), ((0, 0), (0, 0))).lipschitz == 2.0
+    assert MaxPoolActivation((9, 9, 1), (3, 3), (1, 2), ((0, 0), (0, 0))).lipschitz == pytest.approx(np.sqrt(6))
     # one bright input that wins in four windows: the change is exactly twice as long
-    pool, bright = MaxPool((5, 5, 1), (3, 3), (2, 2), ((1, 1), (1, 1))), jnp.zeros((5, 5, 1)).at[1, 1].set(1.0)
+    pool, bright = (
+        MaxPoolActivation((5, 5, 1), (3, 3), (2, 2), ((1, 1), (1, 1))),
+        jnp.zeros((5, 5, 1)).at[1, 1].set(1.0),
+    )
     assert float(jnp.linalg.norm(pool(bright))) == pool.lipschitz == 2.0

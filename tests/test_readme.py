@@ -18,7 +18,7 @@ def test_example_runs_as_printed(capsys):
         exec(compile(code, "README.md", "exec"), scope)
     assert np.shape(scope["lipschitz"]) == (1,)
     assert np.isfinite(scope["lipschitz"]).all()
-    assert np.shape(scope["margins"]) == (10,)
+    assert np.shape(scope["margins"]) == (1, 10)
     assert np.isfinite(scope["margins"]).all()
     assert np.shape(scope["radius"]) == np.shape(scope["certificate"].certified) == (1,)
     assert scope["radius"] > 0

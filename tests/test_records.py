@@ -8,6 +8,7 @@ import re
 
 import jax
 import numpy as np
+import oracles
 import pytest
 
 import lipjax
@@ -80,23 +81,30 @@ def test_estimates_say_that_they_are_no_proof(network, with_radii):
     assert (summary["level"], summary["delta"], summary["dtype"]) == ("estimate", None, "float32")
 
 
+def test_files_of_older_versions_are_refused_with_the_reason(network):
+    path = pathlib.Path(__file__).parents[1] / "results" / "digits" / "certificates.npz"
+    with pytest.raises(InputError, match=r"written by lipjax 0\.4\.0, which described networks in another way.*again"):
+        lipjax.load_certificates(path, network)
+
+
 def changed(network, name):
     """The network with one entry of one layer moved by the least step of float32."""
-    head, first = network.head, network.steps[0]
-    layer = head if name == "head" else first.affine
+    layer = network.head if name == "head" else network.layers[0]
     entry = (0,) * layer.kernel.ndim
     moved = np.nextafter(layer.kernel[entry], np.float32(np.inf))
     layer = dataclasses.replace(layer, kernel=layer.kernel.at[entry].set(moved))
-    if name == "head":
-        return dataclasses.replace(network, head=layer)
-    return dataclasses.replace(network, steps=(dataclasses.replace(first, affine=layer), *network.steps[1:]))
+    return dataclasses.replace(network, head=layer) if name == "head" else oracles.changed(network, 1, layer)
 
 
 def other_stride(network):
     """The same arrays in a convolution that strides otherwise."""
-    first = network.steps[0]
-    conv = dataclasses.replace(first.affine, stride=(2, 1))
-    return dataclasses.replace(network, steps=(dataclasses.replace(first, affine=conv), *network.steps[1:]))
+    return oracles.changed(network, 1, dataclasses.replace(network.layers[0], stride=(2, 1)))
+
+
+def other_inputs(network):
+    """The same operations, the last of which takes another value."""
+    last = dataclasses.replace(network.nodes[-1], inputs=(len(network.nodes) - 3,))
+    return dataclasses.replace(network, nodes=(*network.nodes[:-1], last))
 
 
 @pytest.mark.parametrize(
@@ -105,10 +113,14 @@ def other_stride(network):
         lambda network: changed(network, "head"),
         lambda network: changed(network, "first"),
         other_stride,
-        lambda network: dataclasses.replace(network, steps=network.steps[:-1]),
+        other_inputs,
+        lambda network: dataclasses.replace(network, nodes=network.nodes[:-1]),
         lambda network: jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), network),
     ],
-    ids=["a weight of the last layer", "a weight of the first layer", "a stride", "a layer less", "another type"],
+    ids=[
+        *("a weight of the last layer", "a weight of the first layer", "a stride"),
+        *("another graph", "a node less", "another type"),
+    ],
 )
 def test_certificates_are_refused_for_another_network(change, network, with_radii):
     path = with_radii / "certificates.npz"

@@ -14,13 +14,12 @@ from hypothesis import strategies as st
 
 import lipjax
 from lipjax import (
-    Block,
     Certifier,
-    Network,
-    ReLU,
+    ReLUActivation,
+    chain,
     dense,
 )
-from lipjax.certification.certifier import Ledger
+from lipjax.certification.ledger import Ledger
 from lipjax.certification.robustness import _outward
 from lipjax.norms import levels
 
@@ -284,7 +283,7 @@ def test_the_ledger_keeps_the_largest_gap_and_counts_each_start_once():
     assert (ledger.largest_gap, ledger.starts, ledger.products) == (0.5, 2, 4)
 
 
-def test_the_ledger_counts_the_starts_of_the_whole_layers_and_of_every_example_and_block():
+def test_the_ledger_counts_the_starts_of_the_whole_layers_and_of_every_example_and_layer():
     network, x, label = case("conv relu", count=2 * BATCH)
     certifier = Certifier(network, 2 * BATCH, key=KEY, delta=1e-3, rounds=2)
     assert certifier.ledger.planned == 3 + 3 * 6 * 2
@@ -352,22 +351,22 @@ def attack(network, x, label, eps, certified):
 
 
 def changed(network, **changes):
-    """The network with leaves replaced: names are those of ``leaves``, values functions of the array."""
-    blocks = list(network.blocks)
-    head = network.head
+    """The network with leaves replaced: names are those of LEAVES, values functions of the array."""
     for name, change in changes.items():
-        place, field = name.split("_")
-        if place == "head":
-            head = dataclasses.replace(head, **{field: change(getattr(head, field))})
+        part, field = name.split("_")
+        if part == "head":
+            network = dataclasses.replace(network, head=_replaced(network.head, field, change))
             continue
-        block, part = blocks[int(place[1:])], "activation" if field == "theta" else "affine"
-        old = getattr(block, part)
-        new = dataclasses.replace(old, **{field: change(getattr(old, field))})
-        blocks[int(place[1:])] = dataclasses.replace(block, **{part: new})
-    return lipjax.Network(tuple(blocks), head)
+        node = 2 * int(part[1:]) + (2 if field == "theta" else 1)  # each layer, then its activation
+        network = oracles.changed(network, node, _replaced(network.nodes[node].operation, field, change))
+    return network
 
 
-LEAVES = ["b0_kernel", "b0_bias", "b0_theta", "b1_kernel", "b1_bias", "b1_theta", "head_kernel", "head_bias"]
+def _replaced(operation, field, change):
+    return dataclasses.replace(operation, **{field: change(getattr(operation, field))})
+
+
+LEAVES = ["l0_kernel", "l0_bias", "l0_theta", "l1_kernel", "l1_bias", "l1_theta", "head_kernel", "head_bias"]
 
 
 @settings(max_examples=40)
@@ -443,7 +442,7 @@ def test_tiny_and_huge_weights_are_not_wrongly_certified(scales):
 
 
 @pytest.mark.parametrize("scale", [1e-6, 1e6])
-@pytest.mark.parametrize("leaf", ["b0_kernel", "b1_kernel", "head_kernel"])
+@pytest.mark.parametrize("leaf", ["l0_kernel", "l1_kernel", "head_kernel"])
 def test_one_layer_of_tiny_or_huge_weights_is_not_wrongly_certified(leaf, scale):
     network, x, _ = case("dense clipped", seed=1)
     network = changed(network, **{leaf: lambda a: a * scale})
@@ -452,7 +451,7 @@ def test_one_layer_of_tiny_or_huge_weights_is_not_wrongly_certified(leaf, scale)
         attack(network, x, label, eps, certify(network, x, label, eps).certified)
 
 
-@pytest.mark.parametrize("place", ["b0", "b1"])
+@pytest.mark.parametrize("place", ["l0", "l1"])
 @pytest.mark.parametrize("dead", ["bias", "theta"])
 def test_a_layer_that_is_dead_has_the_constant_0_and_is_certified_only_without_a_tie(place, dead):
     network, x, _ = case("dense clipped", seed=1)
@@ -472,8 +471,9 @@ def test_a_layer_that_is_dead_has_the_constant_0_and_is_certified_only_without_a
 def test_a_norm_that_power_iteration_reports_too_low_is_bounded_all_the_same():
     # The start has little of the top vector, so the first iterations hardly move: the stop fires at .90 for 1.0.
     values = np.array([1.0, *([0.9] * 399)])
-    network = Network(
-        (Block(dense(jnp.diag(jnp.asarray(values, jnp.float32)), jnp.zeros(400), (400,)), ReLU()),),
+    network = chain(
+        dense(jnp.diag(jnp.asarray(values, jnp.float32)), jnp.zeros(400), (400,)),
+        ReLUActivation(),
         dense(jnp.ones((400, 2), jnp.float32), jnp.zeros(2), (400,)),
     )
     x = jnp.ones((1, 400))
@@ -522,7 +522,7 @@ def test_a_flax_model_of_ones_own_is_certified_with_64_bits_off_and_on(x64):
 @pytest.mark.parametrize("level", ["probabilistic", "deterministic", "estimate"])
 def test_nan_in_a_large_batch_is_not_certified(level):
     kernel, bias = jnp.eye(4, 10), jnp.zeros(10).at[3].set(jnp.nan)
-    network = lipjax.Network((), lipjax.dense(kernel, bias, (4,)))
+    network = chain(dense(kernel, bias, (4,)))
     x = jnp.ones((1000, 4)).at[:, 0].set(100.0)
     found = lipjax.certify(network, x, jnp.zeros(1000, jnp.int32), 0.0, level=level, key=jax.random.key(0))
     assert not np.any(found.certified)

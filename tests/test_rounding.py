@@ -13,20 +13,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lipjax import (
-    Block,
-    ClippedReLU,
-    Fork,
-    Identity,
-    Join,
-    Network,
-    ReLU,
+    EXACT,
+    FLOAT32,
+    ClippedReLUActivation,
+    Given,
+    Graph,
+    IdentityActivation,
+    ReLUActivation,
+    Sum,
     box_and_ball,
+    chain,
     convolution,
     dense,
     floating_point,
     l2_ball,
+    propagate,
 )
-from lipjax.bounds import enclosures, propagation, rounding
+from lipjax.bounds import rounding
+from lipjax.bounds.arithmetic import Float32Inference
 from lipjax.certification.certificates import certificate
 
 SEEDS = st.integers(0, 10**6)
@@ -66,9 +70,10 @@ INPUTS, OUTPUTS = 5, 4
 
 @jax.jit
 def _boxes(layer, center, eps):
-    entering = l2_ball(center, eps)
-    before = propagation.preactivation(layer, entering)
-    return before.box, rounding.widen(before, layer, entering).box
+    head = dense(jnp.ones((OUTPUTS, 1)), jnp.zeros(1), (OUTPUTS,))
+    network, region = chain(layer, IdentityActivation(), head), l2_ball(center[None], eps)
+    found = (propagate(network, region, Given(jnp.ones(1)), arithmetic) for arithmetic in (EXACT, FLOAT32))
+    return [[bound[0] for bound in bounds.before[0].box] for bounds in found]
 
 
 def boxes(layer, center, eps):
@@ -148,17 +153,16 @@ def test_widening_is_far_below_anything_that_matters():
 def features_region(network, center, eps):
     """The region of the features as the certifier has it, with exact norms of the masked layers; and logit errors."""
     with jax.enable_x64(True):
-        wide, eps = in_float64(network), jnp.full(1, eps, jnp.float64)
-        region = enclosures.enter(jnp.asarray(center, jnp.float64)[None], eps, "ball")
-        matrices = [matrix for matrix, _ in oracles.DenseNetwork(network).layers]
+        region = l2_ball(jnp.asarray(center, jnp.float64)[None], eps)
+        matrices = [oracles.layer_matrix(layer)[0] for layer in network.layers]
 
         def sigma(place, layer, rows, columns):
             masked = matrices[place] * np.asarray(rows).reshape(-1, 1) * np.asarray(columns).reshape(1, -1)
-            return np.full(1, oracles.spectral_norm(masked) * (1 + 1e-12))
+            return np.full(1, oracles.spectral_norm(masked) * (1 + 1e-12)), None
 
-        found = enclosures.enclose(wide, region, sigma, enclosures.FLOAT32)
-        assert found.logits.dtype == np.float64
-        return jax.tree.map(lambda leaf: np.asarray(leaf[0]), (found.bounds.features, found.logits))
+        found = propagate(in_float64(network), region, sigma, FLOAT32)
+        assert found.slack.logits.dtype == np.float64
+        return jax.tree.map(lambda leaf: np.asarray(leaf[0]), (found.features, found.slack.logits))
 
 
 @jax.jit
@@ -228,8 +232,8 @@ def nearly_dead(seed):
     """A neuron of 60 inputs that are one, whose exact preactivation is just below or above zero."""
     kernel = np.random.default_rng(seed).standard_normal((60, 1)).astype(np.float32)
     bias = -np.asarray([kernel.astype(np.float64).sum()]).astype(np.float32)
-    block = Block(dense(jnp.asarray(kernel), jnp.asarray(bias), (60,)), ReLU())
-    return Network((block,), dense(jnp.ones((1, 2)), jnp.zeros(2), (1,)))
+    layer = dense(jnp.asarray(kernel), jnp.asarray(bias), (60,))
+    return chain(layer, ReLUActivation(), dense(jnp.ones((1, 2)), jnp.zeros(2), (1,)))
 
 
 def test_a_neuron_that_rounding_revives_is_not_dead():
@@ -245,17 +249,19 @@ def test_a_neuron_that_rounding_revives_is_not_dead():
 
 
 def test_a_sum_of_constants_that_float32_rounds_counts_as_varying():
-    def constant(inputs, theta):
-        clips = ClippedReLU(jnp.full(2, theta, jnp.float32))
-        return Block(dense(jnp.zeros((inputs, 2)), jnp.array([5.0, -5.0]), (inputs,)), clips)
+    graph = Graph((1,))
+
+    def constant(place, inputs, theta):
+        layer = graph.add(dense(jnp.zeros((inputs, 2)), jnp.array([5.0, -5.0]), (inputs,)), place)
+        return graph.add(ClippedReLUActivation(jnp.full(2, theta, jnp.float32)), layer)
 
     with jax.enable_x64(True):
-        steps = (constant(1, 0.1), Fork(), constant(2, 0.2), Join())
-        network = in_float64(Network(steps, dense(jnp.ones((2, 2)), jnp.zeros(2), (2,))))
-        region = enclosures.enter(jnp.zeros((1, 1)), jnp.full(1, 0.1), "ball")
-        found = enclosures.enclose(network, region, lambda *_: np.zeros(1), enclosures.FLOAT32)
-        joined = jax.tree.map(np.asarray, found.bounds.features)
-    assert not np.any(found.bounds.live)
+        first = constant(graph.input, 1, 0.1)
+        graph.add(Sum(), first, constant(first, 2, 0.2))
+        network = in_float64(graph.network(dense(jnp.ones((2, 2)), jnp.zeros(2), (2,))))
+        found = propagate(network, l2_ball(jnp.zeros((1, 1)), 0.1), Given(jnp.zeros(2)), FLOAT32)
+        joined = jax.tree.map(np.asarray, found.features)
+    assert not np.any(found.live)
     np.testing.assert_array_equal(joined.live, [[True, False]])  # 0.1 + 0.2 is rounded, 0 + 0 is not
     computed, exact = float(np.float32(0.1) + np.float32(0.2)), float(np.float32(0.1)) + float(np.float32(0.2))
     assert computed != exact
@@ -267,13 +273,12 @@ def test_a_sum_of_constants_that_float32_rounds_counts_as_varying():
 def cancelling(terms):
     """Layers that add ``terms`` ones to 2^24 one by one and take 2^24 away: float32 may lose them all."""
     kernel = jnp.concatenate([jnp.array([2.0**24]), jnp.ones(terms), jnp.array([-(2.0**24)])])[:, None]
-    blocks = (Block(dense(kernel, jnp.zeros(1), (terms + 2,)), Identity()),)
-    return Network(blocks, dense(jnp.ones((1, 2)), jnp.zeros(2), (1,)))
+    return chain(dense(kernel, jnp.zeros(1), (terms + 2,)), dense(jnp.ones((1, 2)), jnp.zeros(2), (1,)))
 
 
 def test_the_region_covers_a_sum_that_cancels():
     network, ones = cancelling(6), np.ones(8, np.float32)
-    kernel = np.asarray(network.blocks[0].affine.kernel)[:, 0]
+    kernel = np.asarray(network.layers[0].kernel)[:, 0]
     in_order = functools.reduce(lambda a, b: np.float32(a + b), kernel)
     off = 6 - float(in_order)  # what float32 loses when it adds in order
     assert off == 6
@@ -284,36 +289,35 @@ def test_the_region_covers_a_sum_that_cancels():
 
 def test_what_was_rounded_before_a_layer_grows_by_the_norm_of_the_masked_layer():
     # The second of two inputs ends in a dead neuron of weight 1000: what was rounded there does not come through.
-    first = Block(dense(jnp.eye(2), jnp.zeros(2), (2,)), Identity())
-    second = Block(dense(jnp.array([[1.0, 0.0], [0.0, 1000.0]]), jnp.array([0.0, -2e5]), (2,)), ReLU())
-    network = Network((first, second), dense(jnp.eye(2), jnp.zeros(2), (2,)))
+    plain = dense(jnp.eye(2), jnp.zeros(2), (2,))
+    second = dense(jnp.array([[1.0, 0.0], [0.0, 1000.0]]), jnp.array([0.0, -2e5]), (2,))
+    network = chain(plain, second, ReLUActivation(), plain)
     region, _ = features_region(network, np.array([1.0, 100.0], np.float32), 0.0)
     np.testing.assert_array_equal(region.live, [True, False])
     assert 100 * floating_point.UNIT32 < region.radius < 1000 * floating_point.UNIT32
 
 
-class Poisoned(enclosures.Float32Inference):
+class Poisoned(Float32Inference):
     def ball(self, layer, entering, rows, radius):
         return jnp.nan * radius
 
 
 def test_a_rounding_that_is_not_a_number_certifies_nothing():
-    block = Block(dense(jnp.eye(2), jnp.zeros(2), (2,)), ReLU())
+    layer = dense(jnp.eye(2), jnp.zeros(2), (2,))
     with jax.enable_x64(True):
-        network = in_float64(Network((block,), dense(jnp.eye(2), jnp.zeros(2), (2,))))
-        region = enclosures.enter(jnp.array([[0.9, 0.1]]), jnp.full(1, 0.01), "ball")
-        for arithmetic in (enclosures.FLOAT32, Poisoned()):
-            found = enclosures.enclose(network, region, lambda *_: np.ones(1), arithmetic)
-            bounds = jax.tree.map(lambda leaf: leaf[0], found.bounds)
-            margins = box_and_ball(network.head, bounds.features, 0) - found.logits[0]
-            assert bool(certificate(network, bounds, margins, 0, "deterministic").certified) == (
-                arithmetic == enclosures.FLOAT32
-            )
+        network = in_float64(chain(layer, ReLUActivation(), layer))
+        region = l2_ball(jnp.array([[0.9, 0.1]]), 0.01)
+        for arithmetic in (FLOAT32, Poisoned()):
+            found = propagate(network, region, Given(jnp.ones(1)), arithmetic)
+            bounds = jax.tree.map(lambda leaf: leaf[0], found)
+            margins = box_and_ball(network.head, bounds.features, 0) - bounds.slack.logits
+            certified = certificate(network, bounds, margins, 0, "deterministic").certified
+            assert bool(certified) == (arithmetic == FLOAT32)
 
 
 def test_magnitude_by_hand():
     layer = dense(jnp.array([[2.0], [-3.0]]), jnp.array([-5.0]), (2,))
-    region = l2_ball(jnp.array([1.0, -1.0]), 0.5)  # largest magnitudes 1.5 and 1.5
+    region = jax.tree.map(lambda leaf: leaf[0], l2_ball(jnp.array([[1.0, -1.0]]), 0.5))  # magnitudes up to 1.5
     assert float(rounding.magnitude(layer, region)[0]) == pytest.approx(2 * 1.5 + 3 * 1.5 + 5)
 
 

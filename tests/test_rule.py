@@ -27,20 +27,20 @@ SEEDS = st.integers(0, 10**6)
 @jax.jit
 def rule_margins(network, x, label, eps, sigmas, rule):
     """Margins of each example, against the strongest rival alone and against all."""
+    bounds = lipjax.propagate(network, lipjax.l2_ball(x, eps), lipjax.Given(sigmas))
 
-    def one(x, label):
-        bounds = lipjax.propagate(network, lipjax.l2_ball(x, eps), lipjax.Given(sigmas))
+    def one(bounds, label):
         lipschitz = lipjax.pairwise_lipschitz(network.head, bounds.features, label)
         found = [methods.DualMargins(rivals)(network, bounds, label, rule) for rivals in (1, None)]
         return lipschitz, found
 
-    return jax.vmap(one)(x, label)
+    return jax.vmap(one)(bounds, label)
 
 
 def case(kind, seed):
     network = oracles.random_network(kind, seed)
     x = jnp.asarray(oracles.random_inputs(network, seed, 3))
-    sigmas = [oracles.spectral_norm(oracles.layer_matrix(block.affine)[0]) * (1 + 1e-6) for block in network.blocks]
+    sigmas = [oracles.spectral_norm(oracles.layer_matrix(layer)[0]) * (1 + 1e-6) for layer in network.layers]
     rng = np.random.default_rng(seed)
     rule = jax.tree.map(
         lambda leaf: leaf + jnp.asarray(rng.normal(size=leaf.shape), jnp.float32), initial_rule(network)
@@ -74,17 +74,18 @@ def test_gradients_flow_through_center_and_radius_and_not_through_the_boxes():
     rivals = jnp.asarray([(int(label[0]) + 1) % 3])
 
     def bounds_of(network):
-        return lipjax.propagate(network, lipjax.l2_ball(x[0], 0.3), lipjax.Given(sigmas))
+        bounds = lipjax.propagate(network, lipjax.l2_ball(x[:1], 0.3), lipjax.Given(sigmas))
+        return jax.tree.map(lambda leaf: leaf[0], bounds)
 
-    constant = bounds_of(network).preactivations
+    constant = bounds_of(network).before
 
     def with_fixed_boxes(network):
         bounds = bounds_of(network)
-        regions = tuple(
-            dataclasses.replace(region, lower=fixed.lower, upper=fixed.upper)
-            for region, fixed in zip(bounds.preactivations, constant, strict=True)
+        before = tuple(
+            dataclasses.replace(before, lower=fixed.lower, upper=fixed.upper)
+            for before, fixed in zip(bounds.before, constant, strict=True)
         )
-        bounds = dataclasses.replace(bounds, preactivations=regions)
+        bounds = dataclasses.replace(bounds, before=before)
         choose = ascent.free(rule.slopes(network, bounds), rule.log_weights)
         return dual.value(network, bounds, dual.pull(network, bounds, label[0], rivals[0], choose))
 
@@ -96,7 +97,7 @@ def test_gradients_flow_through_center_and_radius_and_not_through_the_boxes():
     np.testing.assert_allclose(value, expected_value, rtol=1e-6)
     for ours, theirs in zip(jax.tree.leaves(gradient), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
-    assert all(float(jnp.abs(leaf).max()) > 0 for leaf in (gradient.head.kernel, gradient.blocks[0].affine.kernel))
+    assert all(float(jnp.abs(leaf).max()) > 0 for leaf in (gradient.head.kernel, gradient.layers[0].kernel))
 
 
 def shrunk(method, *more):

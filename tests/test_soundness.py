@@ -61,8 +61,9 @@ def test_features_stay_in_their_region_and_dead_ones_do_not_move(name):
     with jax.enable_x64(True):
         wide = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), network)
         x = jnp.asarray(np.random.default_rng(3).uniform(size=(6, 6, 2)))
-        norm = lipjax.Estimate(jax.random.key(0), tol=1e-9, max_iters=20000)
-        region = jax.jit(lambda network, x: lipjax.propagate(network, lipjax.l2_ball(x, 0.1), norm).features)(wide, x)
+        ask = lipjax.Estimate(jax.random.key(0), tol=1e-9, max_iters=20000)
+        bounds = jax.jit(lambda network, x: lipjax.propagate(network, lipjax.l2_ball(x, 0.1), ask))(wide, x[None])
+        region = jax.tree.map(lambda leaf: leaf[0], bounds.features)
         features = np.asarray(values_of(wide, jnp.asarray(points_of_ball(np.asarray(x), 0.1, 300, 0)))[1])
         features = features.reshape(-1, *region.center.shape)
         assert np.all(features >= np.asarray(region.lower) - 1e-12)
@@ -129,11 +130,11 @@ def cancelling_network(seed):
     def float32(array):
         return jnp.asarray(np.asarray(array, np.float32))
 
-    blocks = tuple(
-        lipjax.Block(lipjax.dense(float32(w), float32(b), (len(w),)), lipjax.ClippedReLU(float32(theta)))
-        for w, b, theta in layers
-    )
-    network = lipjax.Network(blocks, lipjax.dense(float32([[1, -1]]), jnp.zeros(2), (1,)))
+    operations = []
+    for w, b, theta in layers:
+        layer = lipjax.dense(float32(w), float32(b), (len(w),))
+        operations += [layer, lipjax.ClippedReLUActivation(float32(theta))]
+    network = lipjax.chain(*operations, lipjax.dense(float32([[1, -1]]), jnp.zeros(2), (1,)))
 
     def feature(x):
         z = Fraction(float(second[0])) * x + Fraction(float(shift)) - rest
@@ -145,20 +146,19 @@ def cancelling_network(seed):
 
 def test_nothing_is_certified_where_float32_inference_overflows():
     kernel, head = jnp.array([[1e25, -1e25]]), jnp.array([[1e25, 2e25], [0, 0]])
-    block = lipjax.Block(lipjax.dense(kernel, jnp.zeros(2), (1,)), lipjax.ReLU())
-    network = lipjax.Network((block,), lipjax.dense(head, jnp.zeros(2), (2,)))
+    layer, last = lipjax.dense(kernel, jnp.zeros(2), (1,)), lipjax.dense(head, jnp.zeros(2), (2,))
+    network = lipjax.chain(layer, lipjax.ReLUActivation(), last)
     x = np.full((1, 1), 0.5, np.float32)
     assert np.isinf(network(x)).any()
     assert not lipjax.certify(network, x, np.array([1]), 0.1, level="deterministic").certified.any()
 
 
-def chain(*layers, theta=None):
+def neurons(*layers, theta=None):
     """One neuron after the other, ``max(w a + b, 0)``, the first of them clipped; logits are the last one and 0.05."""
-    blocks = [lipjax.Block(one_by_one(weight, bias), lipjax.ReLU()) for weight, bias in layers]
+    operations = [each for weight, bias in layers for each in (one_by_one(weight, bias), lipjax.ReLUActivation())]
     if theta is not None:
-        blocks[0] = lipjax.Block(blocks[0].affine, lipjax.ClippedReLU(jnp.asarray([theta], jnp.float32)))
-    head = lipjax.dense(jnp.array([[1.0, 0.0]]), jnp.array([0.0, 0.05]), (1,))
-    return lipjax.Network(tuple(blocks), head)
+        operations[1] = lipjax.ClippedReLUActivation(jnp.asarray([theta], jnp.float32))
+    return lipjax.chain(*operations, lipjax.dense(jnp.array([[1.0, 0.0]]), jnp.array([0.0, 0.05]), (1,)))
 
 
 def one_by_one(weight, bias):
@@ -169,12 +169,12 @@ def one_by_one(weight, bias):
 @pytest.mark.parametrize(
     ("network", "x", "eps"),
     [
-        (chain((1, 0), (1e19, 0), (1e19, 0), theta=1e-38), 0.5, 1e-3),
-        (chain((1, 0), (1e38, 0), theta=1e-39), 0.5, 1e-3),
-        (chain((1e38, 0)), 1e-39, 0.0),
-        (chain((1e20, 0), (1e19, 0)), 1e-39, 0.0),
-        (chain((1e30, 0), (1e-39, 0), (1e9, 0)), 0.5, 1e-3),
-        (chain((0, 1e-39), (1e19, 0), (1e20, 0)), 0.5, 1e-3),
+        (neurons((1, 0), (1e19, 0), (1e19, 0), theta=1e-38), 0.5, 1e-3),
+        (neurons((1, 0), (1e38, 0), theta=1e-39), 0.5, 1e-3),
+        (neurons((1e38, 0)), 1e-39, 0.0),
+        (neurons((1e20, 0), (1e19, 0)), 1e-39, 0.0),
+        (neurons((1e30, 0), (1e-39, 0), (1e9, 0)), 0.5, 1e-3),
+        (neurons((0, 1e-39), (1e19, 0), (1e20, 0)), 0.5, 1e-3),
     ],
 )
 def test_nothing_is_certified_that_rests_on_numbers_which_some_hardware_takes_for_zero(network, x, eps, as_jax):
@@ -187,14 +187,16 @@ def test_nothing_is_certified_that_rests_on_numbers_which_some_hardware_takes_fo
 
 def test_nothing_is_certified_where_a_residual_sum_overflows():
     # Each doubling fits, the fourth does not, and the tiny weights after it would hide that.
-    block = lipjax.Block(lipjax.dense(jnp.array([[2.0**125, 0.0]]), jnp.zeros(2), (1,)), lipjax.ReLU())
     head = lipjax.dense(2.0**-120 * jnp.array([[1.0, 0.0], [0.0, 0.0]]), jnp.zeros(2), (2,))
-    sums = (lipjax.Fork(), lipjax.Join()) * 4
-    x, label = np.full((1, 1), 0.9, np.float32), np.array([0])
-    network = lipjax.Network((block, *sums), head)
+    x, label, graph = np.full((1, 1), 0.9, np.float32), np.array([0]), lipjax.Graph((1,))
+    layer = graph.add(lipjax.dense(jnp.array([[2.0**125, 0.0]]), jnp.zeros(2), (1,)), graph.input)
+    first = last = graph.add(lipjax.ReLUActivation(), layer)
+    for _ in range(4):
+        last = graph.add(lipjax.Sum(), last, last)
+    network = graph.network(head)
     assert np.isinf(network(x)).any()
     assert not lipjax.certify(network, x, label, 0.1, level="deterministic").certified.any()
-    fits = lipjax.Network((block,), head)
+    fits = graph.network(head, features=first)
     assert lipjax.certify(fits, x, label, 0.1, level="deterministic").certified.all()
 
 
@@ -232,6 +234,6 @@ def test_float64_weights_beyond_the_range_of_products_are_refused():
     with jax.enable_x64(True):
         layer = lipjax.dense(jnp.array([[1.0, 1e-170]]), jnp.zeros(2), (1,))
         head = lipjax.dense(jnp.array([[1e170, 0], [0, 1]]), jnp.zeros(2), (2,))
+        network = lipjax.chain(layer, lipjax.ReLUActivation(), head)
         with pytest.raises(ValueError, match=r"a parameter of the network is 1e-170; expected magnitudes"):
-            lipjax.certify(lipjax.Network((lipjax.Block(layer, lipjax.ReLU()),), head), jnp.ones((1, 1)),
-                           jnp.array([0]), 0.1, level="deterministic")  # fmt: skip
+            lipjax.certify(network, jnp.ones((1, 1)), jnp.array([0]), 0.1, level="deterministic")

@@ -186,6 +186,14 @@ def _block_diagonal():
     return jnp.asarray(matrix, jnp.float32)
 
 
+def warm_started(matrix, vector, *options, **more):
+    """Sigma and the next vector of the whole square matrix, for one example."""
+    layer = dense(matrix.T, jnp.zeros(len(matrix)), matrix.shape[1:])
+    every = jnp.ones((1, len(matrix)), bool)
+    sigma, new = WarmStarted({0: vector[None]}, *options, **more)(0, layer, every, every)
+    return sigma[0], new[0]
+
+
 @pytest.mark.parametrize("stored", ["zero", "cut off"])
 def test_a_stored_vector_that_was_absorbed_recovers_through_fresh_noise(stored):
     matrix = _block_diagonal()
@@ -198,11 +206,11 @@ def test_a_stored_vector_that_was_absorbed_recovers_through_fresh_noise(stored):
 
     @jax.jit
     def step(vector, key):
-        return WarmStarted((vector,), None, key, 2)(0, of_matrix(matrix))
+        return warm_started(matrix, vector, None, key, 2)
 
     @jax.jit
     def noiseless(vector, key):
-        return WarmStarted((vector,), None, key, 2, noise=0.0)(0, of_matrix(matrix))
+        return warm_started(matrix, vector, None, key, 2, noise=0.0)
 
     stuck, sigma = vector, None
     for i in range(12):
@@ -217,9 +225,8 @@ def test_warm_started_takes_the_shared_vector_where_it_is_the_better_start():
     matrix = jnp.diag(jnp.array([2.0, 1.0, 0.5]))
     good, bad = jnp.array([1.0, 0, 0]), jnp.array([0, 0, 1.0])
     for own, shared in ((good, bad), (bad, good)):
-        norm = WarmStarted((own,), (shared,), jax.random.key(0), 1)
-        assert norm(0, of_matrix(matrix))[0] == pytest.approx(2.0, rel=1e-3)
-    assert WarmStarted((bad,), (bad,), jax.random.key(0), 1)(0, of_matrix(matrix))[0] < 1.5
+        assert warm_started(matrix, own, (shared,), jax.random.key(0), 1)[0] == pytest.approx(2.0, rel=1e-3)
+    assert warm_started(matrix, bad, (bad,), jax.random.key(0), 1)[0] < 1.5
 
 
 @pytest.mark.parametrize("rows_dead", [True, False])

@@ -74,7 +74,7 @@ def test_a_shorter_ladder_certifies_fewer_and_says_nothing_of_what_was_not_asked
 
 def test_the_dual_alone_uses_global_norms():
     found = evaluated(stages=("dual",))
-    assert found.summary["ledger"]["starts_drawn"] <= len(subject()[0].blocks)
+    assert found.summary["ledger"]["starts_drawn"] <= len(subject()[0].layers)
     assert evaluated(stages=("global",)).columns["certified"].sum() < found.columns["certified"].sum()
 
 
@@ -230,8 +230,10 @@ def test_progress_of_another_certification_or_none_is_refused(monkeypatch, tmp_p
     other = dataclasses.replace(dataset, scale=2)
     with pytest.raises(ValueError, match="is of a certification with scale=1, not 2"):
         evaluate(network, other, EPS, **OPTIONS, progress=file)
-    # The same parameters in another order of steps are another network.
-    other = dataclasses.replace(network, steps=(lipjax.Fork(), lipjax.Join(), *network.steps))
+    # The same parameters in another graph are another network.
+    last, shape = len(network.nodes) - 1, network.nodes[-1].shape
+    twice = lipjax.Node(lipjax.Sum(), (last, last), (shape, shape), shape)
+    other = dataclasses.replace(network, nodes=(*network.nodes, twice))
     with pytest.raises(ValueError, match="is of a certification with network="):
         evaluate(other, dataset, EPS, **OPTIONS, progress=file)
     with np.load(file) as whole:

@@ -18,8 +18,9 @@ from flax import nnx
 from lipjax.bounds import margins, propagation
 from lipjax.experiments import architectures
 from lipjax.networks import regions
+from lipjax.norms import estimates
 from lipjax.reading import flax, modules
-from lipjax.training import losses, methods, sharding, training_step
+from lipjax.training import losses, methods, objectives, sharding, training_step
 
 SHAPE, CLASSES, EXAMPLES = (6, 6, 1), 3, 12
 
@@ -36,7 +37,7 @@ def small_model():
     )
 
 
-ITERATIONS = methods.Iterations(num_iters=2, global_iters=3, noise=0.01)
+ITERATIONS = objectives.Iterations(num_iters=2, global_iters=3, noise=0.01)
 LOCAL_GLORO = methods.Bounded(
     ITERATIONS,
     local=True,
@@ -116,19 +117,22 @@ def test_gradient_of_the_step_is_that_of_the_mean_loss_written_out():
     def mean_loss(params):
         network = flax.from_flax(nnx.merge(graphdef, params), SHAPE)
         key = jax.random.fold_in(stored.key, 0)
-        whole = propagation.WarmStarted(stored.global_vectors, None, key, 3, 0.01)
-        shared = propagation.global_norms(network, whole)[1]
+        own = {place: vector[None] for place, vector in enumerate(stored.global_vectors)}
+        whole = estimates.WarmStarted(own, None, key, 3, 0.01)
+        shared = estimates.whole_norms(network.layers, whole)[1]
         total = 0.0
-        for place in range(examples):
-            vectors = tuple(table[place] for table in stored.vectors)
-            norm = propagation.WarmStarted(vectors, shared, key, 2, 0.01)
-            found = propagation.propagate(network, regions.l2_ball(x[place], 0.3), norm, propagation.full_row_norms)
-            logits = network.logits(x[place])
+        for i in range(examples):
+            own = {place: table[i : i + 1] for place, table in enumerate(stored.vectors)}
+            ask = estimates.WarmStarted(own, shared, key, 2, 0.01)
+            region = regions.l2_ball(x[i : i + 1], 0.3)
+            found = propagation.propagate(network, region, ask, row_norms=propagation.full_row_norms)
+            features = jax.tree.map(lambda leaf: leaf[0], found.features)
+            logits = network.logits(x[i])
             worst = margins.worst_logits(
-                logits, margins.pairwise_lipschitz(network.head, found.features, labels[place]), labels[place]
+                logits, margins.pairwise_lipschitz(network.head, features, labels[i]), labels[i]
             )
-            clean = losses.cross_entropy(logits, labels[place])
-            total += 0.25 * clean + 0.75 * losses.gloro(logits, worst, labels[place])
+            clean = losses.cross_entropy(logits, labels[i])
+            total += 0.25 * clean + 0.75 * losses.gloro(logits, worst, labels[i])
         return total / examples
 
     loss, expected = oracles.jit(jax.value_and_grad(mean_loss))(stored.params)
@@ -202,10 +206,8 @@ def test_warm_vectors_approach_the_converged_norm_over_steps():
     state = with_rate(state, 0.0)
     network = flax.from_flax(nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf[0], state.params)), SHAPE)
     x = jnp.asarray(data.images[0], jnp.float32) / 255
-    norm = propagation.Estimate(jax.random.key(5), tol=1e-6)
-    converged = oracles.jit(
-        jax.vmap(lambda one: propagation.propagate(network, regions.l2_ball(one, 0.3), norm).lipschitz)
-    )
+    ask = estimates.Estimate(jax.random.key(5), tol=1e-6)
+    converged = oracles.jit(lambda x: propagation.propagate(network, regions.l2_ball(x, 0.3), ask).lipschitz)
     exact = np.asarray(converged(x))
     for _ in range(30):
         state, metrics = step_of(method())(state, data, full_batch(1))

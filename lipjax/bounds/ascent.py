@@ -1,7 +1,7 @@
 """Ascent: better multipliers of the dual, by Adam.
 
 For each row the multiplier is a sum of free slopes times the coefficients of the outputs that it feeds, and mu r is a
-free positive number times ||c||: one step changes all blocks, however large their coefficients are. What is found is a
+free positive number times ||c||: one step changes all of them, however large their coefficients are. What is found is a
 bound whatever the steps did; see :mod:`lipjax.bounds.dual`.
 """
 
@@ -20,9 +20,9 @@ from jax import Array, lax
 from lipjax.bounds.dual import Choose, Multipliers, best_weight, boxed, forward_margins, given, pull, value
 from lipjax.bounds.propagation import Bounds
 from lipjax.networks.activations import Activation
-from lipjax.networks.graph import Block, Network
+from lipjax.networks.graph import Network, Node
 from lipjax.networks.linear_maps import length
-from lipjax.networks.regions import Region
+from lipjax.networks.regions import Preactivation
 
 SLOPE_RATE, WEIGHT_RATE, LAST_RATE = 0.1, 0.05, 0.05  # of Adam; the last is the share that is left at the end
 NOISE = 1e-5  # of a derivative; of smaller ones Adam would make whole steps, though they may be rounding alone
@@ -46,8 +46,8 @@ def ascend(
         network: the classifier.
         bounds: of the batch, with leading axis B.
         label: integers (B,).
-        start: multipliers to begin with; default: what keeps the last block's box and ball, and passes on the slopes
-            of the others at the center.
+        start: multipliers to begin with; default: what keeps the box and ball before the features, and passes on the
+            slopes of the other activations at the center.
         rivals: classes (B, R) that are asked for.
         num_steps: steps of Adam, at least 0.
 
@@ -85,8 +85,8 @@ class Climb:
     """An ascent on its way, of one pair.
 
     Attributes:
-        slopes: one array (k, *shape of the pre-activations) per block.
-        log_weights: logarithms of mu r / ||c|| (blocks,).
+        slopes: one array (k, *shape of the pre-activations) per activation.
+        log_weights: logarithms of mu r / ||c|| (activations,).
         adam: state of the optimiser.
     """
 
@@ -96,29 +96,32 @@ class Climb:
 
 
 def start_slopes(network: Network, bounds: Bounds) -> tuple[Array, ...]:
-    """Slopes at the center, and 0 in the blocks that feed the features: the margin by box and ball, to begin with."""
-    last: list[int] = []
+    """Slopes at the center, and 0 where no other activation follows: the margin by box and ball, to begin with."""
+    last: dict[int, bool] = {}
 
-    def block(place: int, step: Block, feeds: bool) -> bool:
-        last.extend([place] * feeds)
-        return False
+    def visit(place: int, node: Node, feeds: bool) -> list[bool]:
+        if isinstance(node.operation, Activation):
+            last[place] = bool(feeds)
+            return [False]
+        return [feeds] * len(node.inputs)
 
-    network.walk(True, block, lambda kept, feeds: kept or feeds, backward=True)
+    network.backward(True, visit)
     slopes = []
-    for place, (step, before) in enumerate(zip(network.blocks, bounds.preactivations, strict=True)):
-        on = step.activation.phase(boxed(before)) > 0
-        slopes.append(jnp.where(place in last, 0, on).astype(before.center.dtype))
+    in_order = (last[place] for place in sorted(last))
+    for activation, before, is_last in zip(network.activations, bounds.before, in_order, strict=True):
+        on = activation.phase(boxed(before)) > 0
+        slopes.append(jnp.where(is_last, 0, on).astype(before.center.dtype))
     return tuple(slopes)
 
 
 def free(slopes: tuple[Array, ...], log_weights: Array) -> Choose:
     """A walk with multipliers of some slopes and weights; what those are relative to, ||c|| / r, has no gradient."""
 
-    def choose(place: int, activation: Activation, c: Array, region: Region) -> tuple[Array, Array]:
+    def choose(place: int, activation: Activation, c: Array, before: Preactivation) -> tuple[Array, Array]:
         g = jnp.sum(slopes[place] * activation.feeding(c), axis=0)
-        if region.radius is None:
+        if before.radius is None:
             return g, jnp.zeros((), c.dtype)
-        unit = length(c) / jnp.where(region.ball > 0, region.ball, 1)
+        unit = length(c) / jnp.where(before.ball > 0, before.ball, 1)
         return g, jnp.exp(log_weights[place]) * lax.stop_gradient(unit)
 
     return choose
@@ -135,15 +138,16 @@ def resume(network: Network, bounds: Bounds, label: Array, rival: Array, multipl
     """The ascent of one pair from multipliers: from the slopes nearest to those at the center that give them."""
     trace = pull(network, bounds, label, rival, given(multipliers))
     slopes, log_weights = [], []
-    for block, before, c, g, weight in zip(
-        network.blocks, bounds.preactivations, trace.c, trace.g, trace.weight, strict=True
+    for activation, before, coefficients, g, weight in zip(
+        network.activations, bounds.before, trace.c, trace.g, trace.weight, strict=True
     ):
-        region, fed = boxed(before), block.activation.feeding(c)
-        on = (block.activation.phase(region) > 0).astype(c.dtype)
+        known, c = boxed(before), coefficients.sum
+        fed = activation.feeding(c)
+        on = (activation.phase(known) > 0).astype(c.dtype)
         squares = jnp.sum(fed**2, axis=0)
         missing = (g - jnp.sum(on * fed, axis=0)) / jnp.where(squares > 0, squares, 1)
         slopes.append(on + jnp.where(squares > 0, missing, 0)[None] * fed)
-        share = 0 if region.radius is None else weight * region.ball / jnp.maximum(length(c), 1e-30)
+        share = 0 if known.radius is None else weight * known.ball / jnp.maximum(length(c), 1e-30)
         log_weights.append(jnp.log(jnp.clip(share, LEAST_WEIGHT, 1 / LEAST_WEIGHT)))
     return begin(tuple(slopes), jnp.stack(log_weights) if log_weights else None)
 
@@ -176,10 +180,10 @@ def climb(network: Network, bounds: Bounds, label: Array, rival: Array, state: C
 def finish(network: Network, bounds: Bounds, label: Array, rival: Array, state: Climb) -> tuple[Array, Multipliers]:
     """The margin of one pair after an ascent, with the best weights for its multipliers, and both of them."""
 
-    def choose(place: int, activation: Activation, c: Array, region: Region) -> tuple[Array, Array]:
-        g, _ = free(state.slopes, state.log_weights)(place, activation, c, region)
-        g = jnp.where(region.live, g, 0)
-        return g, best_weight(activation, c, g, region)
+    def choose(place: int, activation: Activation, c: Array, before: Preactivation) -> tuple[Array, Array]:
+        g, _ = free(state.slopes, state.log_weights)(place, activation, c, before)
+        g = jnp.where(before.rows, g, 0)
+        return g, best_weight(activation, c, g, before)
 
     trace = pull(network, bounds, label, rival, choose)
     return value(network, bounds, trace), Multipliers(trace.g, trace.weight)
@@ -187,7 +191,7 @@ def finish(network: Network, bounds: Bounds, label: Array, rival: Array, state: 
 
 def pairs_at_once(network: Network, itemsize: int = 4) -> int:
     """How many pairs of example and rival may be ascended together."""
-    neurons = sum(math.prod(block.affine.out_shape) + math.prod(block.affine.in_shape) for block in network.blocks)
+    neurons = sum(2 * math.prod(node.shape) for node in network.nodes)
     return max(1, MEMORY // max(1, neurons * itemsize * ARRAYS_PER_PAIR))
 
 

@@ -2,12 +2,15 @@
 
 The forward pass ends in ``margin - radius ||c||`` and forgets which directions of each layer's ball are possible
 together. The dual keeps them. For a label y and a rival j let ``c = w_y - w_j`` on the features and ``total = b_y -
-b_j``. A block has ``z = W a + b`` and outputs ``s(z)``; its region has a center zc, a box, the rows M that matter, and
-a radius r around zc over those rows. For ANY multipliers g on the rows, zero outside of M, and any weight mu >= 0,
+b_j``. An activation takes z and gives ``s(z)``; known are a center zc, a box, the rows M that matter, and a radius r
+around zc over those rows. For ANY multipliers g on the rows, zero outside of M, and any weight mu >= 0,
 
     min over z in the region of <c, s(z)> - <g, z>
-      >=  min over the box of { <c, s(z)> - <g, z> + mu / 2 ||z - zc||^2 } - mu / 2 r^2,             (1)
-    total <- total + (1) + <g, b>,     c <- W^T g,     and at the input  total + <c, x> - eps ||c||.
+      >=  min over the box of { <c, s(z)> - <g, z> + mu / 2 ||z - zc||^2 } - mu / 2 r^2.             (1)
+
+So ``total <- total + (1)``, and g are the coefficients of z. Through a layer ``z = W a + b`` they become ``W^T g``,
+with ``total <- total + <g, b>``; a sum hands them to both of its values, a concatenation to each its part, and what
+comes to one value from several is added up. At the input the margin is at least ``total + <c, x> - eps ||c||``.
 
 The minimum is a sum over neurons (over pairs for MaxMin), each in closed form: see ``Activation.minimum``. Proof of
 (1): let z' be z on M and zc elsewhere. Rows outside of M change no output over the box and have no multiplier, so both
@@ -23,7 +26,7 @@ is CROWN (Zhang et al., NeurIPS 2018); for ReLU without the box and with those s
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -32,11 +35,12 @@ from jax import Array, lax
 
 from lipjax.bounds import margins
 from lipjax.bounds.propagation import Bounds
-from lipjax.floating_point import SMALLEST64, UNIT64, gamma
+from lipjax.floating_point import SMALLEST64, UNIT32, UNIT64, gamma
 from lipjax.networks.activations import Activation
-from lipjax.networks.graph import Block, Network
+from lipjax.networks.graph import Network, Node, Sum
+from lipjax.networks.layers import Affine
 from lipjax.networks.linear_maps import length
-from lipjax.networks.regions import Region
+from lipjax.networks.regions import Preactivation
 
 SEARCH_STEPS, SEARCH_OCTAVES = 10, 20  # of a weight: halvings of an interval of so many powers of two
 
@@ -47,8 +51,8 @@ class Multipliers:
     """What the dual is evaluated at; any values give a bound.
 
     Attributes:
-        g: one array per block, (B, rivals, *shape of the pre-activations).
-        weight: one array (B, rivals) per block, mu >= 0 of its ball.
+        g: one array per activation, (B, rivals, *shape of the pre-activations).
+        weight: one array (B, rivals) per activation, mu >= 0 of its ball.
     """
 
     g: tuple[Array, ...]
@@ -57,28 +61,53 @@ class Multipliers:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class Coefficients:
+    """Coefficients of a value that several nodes may take.
+
+    Attributes:
+        sum: of what has come from them.
+        size: sum of the magnitudes of what has come, where some of it may have cancelled.
+    """
+
+    sum: Array
+    size: Array
+
+    @classmethod
+    def of(cls, values: Array) -> Coefficients:
+        """Of one node."""
+        return cls(values, jnp.abs(values))
+
+    def __add__(self, other: Coefficients) -> Coefficients:
+        return jax.tree.map(lambda mine, theirs: mine + theirs.reshape(mine.shape), self, other)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Trace:
-    """One backward walk, for one pair of label and rival. Tuples have one entry per block, in forward order.
+    """One backward walk, for one pair of label and rival. Tuples are in forward order.
 
     Attributes:
         constant: difference of the biases of the last layer.
-        c: coefficients of the outputs.
-        g: coefficients of the pre-activations, zero outside of the rows that matter.
-        weight: mu of each ball.
-        sums: coefficients of the sums over skip connections, where they are summed up, in forward order.
+        c: coefficients of the outputs of each activation.
+        g: coefficients of its pre-activations, zero outside of the rows that matter.
+        weight: mu of its ball.
+        layers: coefficients of the outputs of each affine layer.
+        sums: coefficients of each sum.
         input: coefficients of the input.
     """
 
     constant: Array
-    c: tuple[Array, ...]
+    c: tuple[Coefficients, ...]
     g: tuple[Array, ...]
     weight: tuple[Array, ...]
-    sums: tuple[Array, ...]
-    input: Array
+    layers: tuple[Coefficients, ...]
+    sums: tuple[Coefficients, ...]
+    input: Coefficients
 
 
-# How a walk gets the multipliers of a block: from its place, its activation, c and its region to g and mu.
-Choose = Callable[[int, Activation, Array, Region], tuple[Array, Array]]
+# How a walk gets multipliers: from the place among all activations, the activation, c and what is known before it to g
+# and mu.
+Choose = Callable[[int, Activation, Array, Preactivation], tuple[Array, Array]]
 
 
 def dual_margins(network: Network, bounds: Bounds, label: Array, multipliers: Multipliers, rivals: Array) -> Array:
@@ -86,7 +115,7 @@ def dual_margins(network: Network, bounds: Bounds, label: Array, multipliers: Mu
 
     Args:
         network: the classifier.
-        bounds: of the batch, as ``jax.vmap`` of :func:`lipjax.propagate` gives them, with leading axis B.
+        bounds: of the batch, as :func:`lipjax.propagate` gives them.
         label: integers (B,).
         multipliers: with leading axes (B, R).
         rivals: classes (B, R) that are asked for.
@@ -130,45 +159,55 @@ def pull(network: Network, bounds: Bounds, label: Array, rival: Array, choose: C
         bounds: of one example.
         label: integer scalar.
         rival: integer scalar.
-        choose: gives the multipliers of each block.
+        choose: gives the multipliers of each activation.
     """
-    kernel, bias = network.head.kernel, network.head.bias
-    c, g, weight, sums = ({} for _ in range(4))
-    ends = list(network.joins)  # the last fork is the first to come
+    head = network.head
+    c, g, weight, layers, sums = ([] for _ in range(5))
+    known = list(enumerate(bounds.before))  # the last activation is the first to come
 
-    def block(place: int, step: Block, coefficients: Array) -> Array:
-        region = boxed(bounds.preactivations[place])
-        c[place] = coefficients.reshape(step.activation(region.center).shape)
-        chosen, weight[place] = choose(place, step.activation, c[place], region)
-        g[place] = jnp.where(region.live, chosen, 0)  # a row that does not matter may have no multiplier
-        return step.affine.adjoint()(g[place])
+    def visit(place: int, node: Node, coefficients: Coefficients) -> Sequence[Coefficients]:
+        coefficients = jax.tree.map(lambda each: each.reshape(node.shape), coefficients)
+        if isinstance(node.operation, Activation):
+            number, before = known.pop()
+            before = boxed(before)
+            chosen, mu = choose(number, node.operation, coefficients.sum, before)
+            chosen = jnp.where(before.rows, chosen, 0)  # a row that does not matter may have no multiplier
+            c.append(coefficients)
+            g.append(chosen)
+            weight.append(mu)
+            return (Coefficients.of(chosen),)
+        if isinstance(node.operation, Affine):
+            layers.append(coefficients)
+            return (Coefficients.of(node.operation.adjoint()(coefficients.sum)),)
+        if isinstance(node.operation, Sum):
+            sums.append(coefficients)
+            return coefficients, coefficients
+        parts = (node.operation.split(each, node.arranged) for each in (coefficients.sum, coefficients.size))
+        return tuple(map(Coefficients, *parts))
 
-    def join(kept: Array, coefficients: Array) -> Array:
-        sums[ends.pop()] = kept
-        return kept + coefficients.reshape(kept.shape)
-
-    features = (kernel[:, label] - kernel[:, rival]).reshape(bounds.features.center.shape)
-    last = network.walk(features, block, join, backward=True).reshape(bounds.input.center.shape)
-    places = range(len(network.blocks))
-    in_order = (tuple(found[place] for place in places) for found in (c, g, weight))
-    of_sums = tuple(sums[place] for place in range(len(sums)))
-    return Trace(bias[label] - bias[rival], *in_order, of_sums, last)
+    of_input = network.backward(Coefficients.of(head.row(label) - head.row(rival)), visit)
+    of_input = jax.tree.map(lambda each: each.reshape(bounds.input.center.shape), of_input)
+    bias = jnp.broadcast_to(head.shift, head.out_shape).ravel()
+    in_order = (tuple(found[::-1]) for found in (c, g, weight, layers, sums))
+    return Trace(bias[label] - bias[rival], *in_order, of_input)
 
 
 def value(network: Network, bounds: Bounds, trace: Trace) -> Array:
     """The margin that a walk proves, scalar."""
     total = trace.constant
-    for block, before, c, g, weight in zip(
-        network.blocks, bounds.preactivations, trace.c, trace.g, trace.weight, strict=True
+    for activation, before, c, g, weight in zip(
+        network.activations, bounds.before, trace.c, trace.g, trace.weight, strict=True
     ):
-        least, _ = block.activation.minimum(c, g, weight, boxed(before))
-        total = total + least + jnp.sum(g * block.affine.shift)
+        least, _ = activation.minimum(c.sum, g, weight, boxed(before))
+        total = total + least
         if before.radius is not None:
             total = total - weight / 2 * before.radius**2
+    for layer, coefficients in zip(network.layers, trace.layers, strict=True):
+        total = total + jnp.sum(coefficients.sum * layer.shift)
     region = bounds.input
     if region.domain == "ball" and region.radius is not None:
         region = region.without_box()  # which is that of the ball, and says no more
-    return total + jnp.sum(trace.input * region.center) + margins.least_product(trace.input, region)
+    return total + jnp.sum(trace.input.sum * region.center) + margins.least_product(trace.input.sum, region)
 
 
 class Errors(NamedTuple):
@@ -185,8 +224,6 @@ def errors(
     network: Network,
     bounds: Bounds,
     trace: Trace,
-    layers: tuple[Array, ...],
-    sums: tuple[Array, ...],
     logits: Array,
     unit: float = UNIT64,
 ) -> Errors:
@@ -194,81 +231,90 @@ def errors(
 
     Args:
         network: the classifier.
-        bounds: of one example; its regions contain the activations of float32.
+        bounds: of one example; its regions contain the activations of float32, and its slack says what may be off.
         trace: of the walk that was evaluated.
-        layers: how far each pre-activation may be off ``W a + b`` in float32, and this walk's products with W and b for
-            each unit of a multiplier; one array per block.
-        sums: how far each entry of a sum over a skip connection may be off, in the order of the pass.
         logits: how far the two logits may be off together, scalar.
         unit: unit roundoff of the evaluation.
 
     Returns:
         - ``logits``: those;
-        - ``layers``: with a pre-activation off by e, ``<g, z>`` is off by ``<g, e>``;
-        - ``sums``: likewise ``<c, e>``, with the coefficients of the sum, not those of what it began with;
+        - ``layers``: with an output of a layer off by e, ``<k, z>`` with its coefficients k is off by ``<k, e>``;
+        - ``sums``: likewise, with the coefficients of the sum, not those of what it adds;
         - ``products``: 2 gamma_N T, for the sums of this evaluation, with T the sum of the magnitudes of the N products
           that are added. Minima are smaller than the products inside of them, which cancel;
         - ``minimisers``: a value at a point near the minimiser is above the minimum. A minimiser is off by at most a
           few roundings of the largest magnitude A in its box, and the value grows by mu / 2 times the square of it.
     """
-    of_layers = sum(jnp.sum(jnp.abs(g) * slack) for g, slack in zip(trace.g, layers, strict=True))
-    pairs = zip(trace.sums, sums, strict=True)
-    of_sums = sum(jnp.sum(jnp.abs(c) * slack.reshape(c.shape)) for c, slack in pairs)
-    total, minimisers, addends = jnp.abs(trace.constant), jnp.zeros_like(trace.constant), 64 + 4 * trace.input.size
-    for block, before, c, g, weight in zip(
-        network.blocks, bounds.preactivations, trace.c, trace.g, trace.weight, strict=True
+    # Where coefficients have cancelled, each of them was rounded relative to itself, in this evaluation; what is off in
+    # float32 is at least its unit roundoff times the value that they meet.
+    cancelled = len(network.nodes) * unit / UNIT32
+
+    def off(coefficients: Sequence[Coefficients], slack: Sequence[Array]) -> Array:
+        pairs = zip(coefficients, slack, strict=True)
+        return sum(jnp.sum((abs(k.sum) + cancelled * (k.size - abs(k.sum))) * each) for k, each in pairs)
+
+    of_layers, of_sums = off(trace.layers, bounds.slack.layers), off(trace.sums, bounds.slack.sums)
+    input_size, zero = trace.input.size, jnp.zeros_like(trace.constant)
+    total, minimisers, addends = jnp.abs(trace.constant), zero, 64 + 4 * input_size.size + len(network.nodes)
+    for activation, before, c, g, weight in zip(
+        network.activations, bounds.before, trace.c, trace.g, trace.weight, strict=True
     ):
-        region = boxed(before)
-        lower, upper = region.box
-        outputs = (jnp.abs(block.activation(bound)) for bound in (lower, upper))
+        known = boxed(before)
+        lower, upper = known.box
+        outputs = (jnp.abs(activation(bound)) for bound in (lower, upper))
         largest = jnp.maximum(jnp.abs(lower), jnp.abs(upper))
-        width = jnp.maximum(upper - region.center, region.center - lower)
-        total += jnp.sum(jnp.abs(c) * jnp.maximum(*outputs)) + jnp.sum(jnp.abs(g) * largest)
-        total += jnp.sum(jnp.abs(g * block.affine.shift)) + weight / 2 * (jnp.sum(width**2) + region.ball**2)
+        width = jnp.maximum(upper - known.center, known.center - lower)
+        total += jnp.sum(c.size * jnp.maximum(*outputs)) + jnp.sum(jnp.abs(g) * largest)
+        total += weight / 2 * (jnp.sum(width**2) + known.ball**2)
         minimisers += 256 * unit**2 * weight * jnp.sum(largest**2)
-        addends += 4 * (c.size + g.size)
+        addends += 4 * (c.size.size + g.size)
+    for layer, k in zip(network.layers, trace.layers, strict=True):
+        total += jnp.sum(k.size * jnp.abs(layer.shift))
+        addends += 2 * k.size.size
     lower, upper = bounds.input.box
     reach = jnp.abs(lower) + jnp.abs(upper)
-    total += 2 * jnp.sum(jnp.abs(trace.input) * reach) + 2 * bounds.input.ball * length(trace.input)
+    total += 2 * jnp.sum(input_size * reach) + 2 * bounds.input.ball * length(input_size)
     products = 2 * gamma(addends, unit) * total + addends * SMALLEST64
     return Errors(logits, of_layers, of_sums, products, minimisers)
 
 
-def boxed(region: Region) -> Region:
-    """The region of a pre-activation with a box that contains its center; that of its ball where it has none.
+def boxed(before: Preactivation) -> Preactivation:
+    """What is known before an activation, with a box that contains the center; that of its ball where it has none.
 
     A radius of 0 leaves nothing but the center.
     """
-    center, radius = region.center, region.radius
-    if region.lower is None or region.upper is None:
-        lower, upper = center - region.ball, center + region.ball
+    center, radius = before.center, before.radius
+    if before.lower is None or before.upper is None:
+        lower, upper = center - before.ball, center + before.ball
     else:
-        lower, upper = jnp.minimum(region.lower, center), jnp.maximum(region.upper, center)
+        lower, upper = jnp.minimum(before.lower, center), jnp.maximum(before.upper, center)
     if radius is not None:
         lower, upper = (jnp.where(radius == 0, center, bound) for bound in (lower, upper))
-    return dataclasses.replace(region, lower=lower, upper=upper)
+    return dataclasses.replace(before, lower=lower, upper=upper)
 
 
-def best_weight(activation: Activation, c: Array, g: Array, region: Region, num_steps: int = SEARCH_STEPS) -> Array:
+def best_weight(
+    activation: Activation, c: Array, g: Array, before: Preactivation, num_steps: int = SEARCH_STEPS
+) -> Array:
     """The mu of one ball that proves the most, at fixed multipliers: (1) is concave in it.
 
     Its slope is ``(||z - zc||^2 - r^2) / 2`` at the minimiser z. Found by halving the logarithm, without gradient; 0
     where the box lies in the ball.
 
     Args:
-        activation: of the block.
+        activation: behind it.
         c: coefficients of its outputs.
         g: coefficients of its pre-activations.
-        region: of those, with a box.
+        before: what is known of those, with a box.
         num_steps: halvings.
     """
-    if region.radius is None:
+    if before.radius is None:
         return jnp.zeros((), c.dtype)
-    c, g, region = lax.stop_gradient((c, g, region))
+    c, g, before = lax.stop_gradient((c, g, before))
 
     def outside(log_weight: Array) -> Array:
-        _, z = activation.minimum(c, g, jnp.exp2(log_weight), region)
-        return length(z - region.center) > region.ball
+        _, z = activation.minimum(c, g, jnp.exp2(log_weight), before)
+        return length(z - before.center) > before.ball
 
     def halve(_: int, ends: tuple[Array, Array]) -> tuple[Array, Array]:
         low, high = ends
@@ -278,18 +324,18 @@ def best_weight(activation: Activation, c: Array, g: Array, region: Region, num_
 
     # The minimiser is no farther than 2 / mu times the largest slope of each unit.
     steepest = 2 * length(jnp.abs(g) + jnp.max(jnp.abs(activation.feeding(c)), axis=0))
-    radius = jnp.where(region.ball > 0, region.ball, 1)
+    radius = jnp.where(before.ball > 0, before.ball, 1)
     high = jnp.log2(jnp.where(steepest > 0, steepest, 1) / radius)
     low = high - SEARCH_OCTAVES
     reached, _ = lax.fori_loop(0, num_steps, halve, (low, high))
-    needed = (steepest > 0) & (region.ball > 0) & (reached > low)
+    needed = (steepest > 0) & (before.ball > 0) & (reached > low)
     return lax.stop_gradient(jnp.where(needed, jnp.exp2(reached), 0))
 
 
 def given(multipliers: Multipliers) -> Choose:
     """A walk with these multipliers."""
 
-    def choose(place: int, activation: Activation, c: Array, region: Region) -> tuple[Array, Array]:
+    def choose(place: int, activation: Activation, c: Array, before: Preactivation) -> tuple[Array, Array]:
         return multipliers.g[place], jnp.maximum(multipliers.weight[place], 0)
 
     return choose

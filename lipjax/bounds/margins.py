@@ -13,12 +13,12 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from lipjax.floating_point import highest
-from lipjax.networks.layers import Dense
+from lipjax.networks.layers import Affine
 from lipjax.networks.linear_maps import length
 from lipjax.networks.regions import Region
 
 
-def pairwise_lipschitz(head: Dense, region: Region, label: Array) -> Array:
+def pairwise_lipschitz(head: Affine, region: Region, label: Array) -> Array:
     """``margin - radius ||I c||``, I the live features: the ball alone, one direction per rival (GloRo, [H21] Eq 5).
 
     Args:
@@ -34,7 +34,7 @@ def pairwise_lipschitz(head: Dense, region: Region, label: Array) -> Array:
     return margins - region.ball * jax.vmap(length)(masked)
 
 
-def lipschitz_margin(head: Dense, region: Region, label: Array, sigma: Array) -> Array:
+def lipschitz_margin(head: Affine, region: Region, label: Array, sigma: Array) -> Array:
     """``margin - sqrt(2) radius ||W I||``, I the live features: one direction-free constant for all rivals (LMT).
 
     Args:
@@ -49,12 +49,12 @@ def lipschitz_margin(head: Dense, region: Region, label: Array, sigma: Array) ->
     Reference:
         [LMT] section 4.
     """
-    logits = head(region.center)
+    logits = head(region.center).ravel()
     own = jnp.arange(logits.shape[0]) == label
     return logits[label] - logits - jnp.where(own, 0, math.sqrt(2) * region.ball * sigma)
 
 
-def box_and_ball(head: Dense, region: Region, label: Array, num_iters: int = 16) -> Array:
+def box_and_ball(head: Affine, region: Region, label: Array, num_iters: int = 16) -> Array:
     """The smallest margin over the intersection of box and ball (BCP), by its dual.
 
     The minimiser of <c, d> over lo <= d <= hi, ||d|| <= radius is d(t) = clip(-t c, lo, hi) with ||d(t)|| = radius,
@@ -149,8 +149,8 @@ def worst_margin(margins: Array, label: Array) -> Array:
     return -highest(jnp.where(jnp.arange(margins.shape[0]) == label, -jnp.inf, -margins))
 
 
-def pairs(head: Dense, features: Array, label: Array) -> tuple[Array, Array]:
+def pairs(head: Affine, features: Array, label: Array) -> tuple[Array, Array]:
     """Clean margins (classes,) and directions c (classes, features) of a label against each class."""
-    logits = head(features)
-    rows = head.kernel.T
+    logits = head(features).ravel()
+    rows = head.matrix()
     return logits[label] - logits, rows[label][None] - rows

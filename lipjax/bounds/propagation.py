@@ -1,81 +1,88 @@
-"""Bounds: one pass of a region through a network gives boxes, masks, norms and Lipschitz constants.
+"""The pass: regions of a batch are carried through a network, and give boxes, masks, norms and Lipschitz constants.
 
-Every method of the paper is this pass with parts absent: drop the box from the input region and it is GloRo or LMT,
-drop the ball and it is IBP, give norms and row norms of the whole layers and it is BCP; with everything it is
-Local-Lip.
+It is the only code that carries a region forward. Every method of the paper is this pass with parts absent: drop the
+box from the input region and it is GloRo or LMT, drop the ball and it is IBP, give norms and row norms of the whole
+layers and it is BCP; with everything it is Local-Lip. Training and certification differ in how the pass gets its
+norms, the ``ask``, and in what is rounded, the ``arithmetic``.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 
-from lipjax.networks import linear_maps
+from lipjax.bounds.arithmetic import EXACT, Arithmetic
 from lipjax.networks.activations import Activation
-from lipjax.networks.graph import Block, Network, check_network
-from lipjax.networks.layers import Affine
-from lipjax.networks.linear_maps import LinearMap
-from lipjax.networks.regions import (
-    Region,
-    all_finite,
-)
-from lipjax.norms import spectral
+from lipjax.networks.graph import Concatenation, Network, Node, Sum, check_network
+from lipjax.networks.layers import Affine, Shape
+from lipjax.networks.linear_maps import length
+from lipjax.networks.regions import Preactivation, Region, all_finite
 
 
-class Norm(Protocol):
-    """How a pass gets its spectral norms: the one seam between bounds and norms.
+class Ask(Protocol):
+    """How a pass gets its norms: the one seam between bounds and norms.
 
-    Called with the place of a layer and its masked map, it gives sigma and whatever it wants to hand back (the next
-    start of a power iteration, say).
+    Called with the place of a layer among those of the network, the layer, and which of its rows and columns matter (B,
+    ...), it gives sigma (B,) and whatever it wants to hand back (the next starts of power iterations, say). Outside of
+    a traced function it may be a loop on the host.
     """
 
-    def __call__(self, place: int, linear_map: LinearMap) -> tuple[Array, Any]: ...
+    def __call__(self, place: int, layer: Affine, rows: Array, columns: Array) -> tuple[Array, Any]: ...
 
 
-# How a pass gets its row norms: the layer and the live columns, to one norm per output.
+# How a pass gets its row norms: the layer and the live columns, of one example, to one norm per output.
 RowNorms = Callable[[Affine, Array], Array]
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class Slack:
+    """What finite precision may be off, in absolute numbers; zero in exact arithmetic.
+
+    Attributes:
+        layers: per layer, how far each output may be off, and the dual's products with it per unit of a multiplier.
+        sums: per sum, how far each entry may be off.
+        logits: how far each logit may be off (classes,).
+    """
+
+    layers: tuple[Array, ...]
+    sums: tuple[Array, ...]
+    logits: Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class Bounds:
-    """What one pass finds out, for one example. Tuples have one entry per block.
+    """What one pass finds out. Of a batch every array has a leading axis (B,).
 
     Attributes:
         input: the first region.
         features: the region that contains the features of every input of the first region.
-        preactivations: the regions between affine layer and activation. Their box is what the masks come from; their
-            ``live`` are the rows that matter to the activation, and their ball is one of those rows alone.
-        live: boolean masks of the activations that vary.
-        sigmas: norms of the masked layers (blocks,).
-        lipschitz: their product: a bound of the local Lipschitz constant of the feature map over the region, as good
-            as the norms are. Ones where the pass had no ball.
-        norm_results: what the norm handed back for each block.
+        before: what is known before each activation.
+        live: per activation, boolean masks of its outputs that vary.
+        rows: per layer, the rows whose norms were asked for: those that matter to what comes behind.
+        sigmas: norms of the masked layers (layers,).
+        lipschitz: the constant of the feature map that follows: a bound of its local Lipschitz constant over the
+            region, as good as the norms are. Ones where the pass had no ball.
+        slack: what finite precision may be off.
+        handed_back: what ``ask`` handed back for each layer.
     """
 
     input: Region
     features: Region
-    preactivations: tuple[Region, ...]
+    before: tuple[Preactivation, ...]
     live: tuple[Array, ...]
+    rows: tuple[Array, ...]
     sigmas: Array
     lipschitz: Array
-    norm_results: tuple[Any, ...]
-
-    @property
-    def radii(self) -> Array:
-        """Radii (blocks,) of the balls of the pre-activations, over the rows that matter.
-
-        Raises:
-            ValueError: the pass had no ball.
-        """
-        radii = [region.ball for region in self.preactivations]
-        return jnp.stack(radii, axis=-1) if radii else jnp.zeros_like(self.lipschitz)[..., None][..., :0]
+    slack: Slack
+    handed_back: tuple[Any, ...]
 
 
 def masked_row_norms(layer: Affine, live: Array) -> Array:
@@ -88,60 +95,130 @@ def full_row_norms(layer: Affine, live: Array) -> Array:
     return layer.row_norms(jnp.ones_like(live))
 
 
-def propagate(network: Network, region: Region, norm: Norm, row_norms: RowNorms = masked_row_norms) -> Bounds:
-    """Carry one region through the feature map of a network.
+def propagate(
+    network: Network,
+    region: Region,
+    ask: Ask,
+    arithmetic: Arithmetic = EXACT,
+    *,
+    row_norms: RowNorms = masked_row_norms,
+    rows: Sequence[Array] | None = None,
+) -> Bounds:
+    """Carry the regions of a batch through the feature map of a network.
 
-    For each block, with I the live coordinates that come in:
+    For each layer and the activation behind it, with I the live coordinates that come in:
 
     - center <- W center + b;
     - box <- [mid - r, mid + r] with mid = W (upper + lower) / 2 + b, r = |W| (upper - lower) / 2, cut to
       center +- radius ||W_i I|| [H21 Eq 21-23];
-    - sigma = ||I_out W I||, radius <- radius sigma [H21 Eq 6], then the activation's rule.
+    - sigma = ||I_out W I||, radius <- radius sigma [H21 Eq 6], then the activation.
+
+    Boxes and balls of sums add up; the ball of a concatenation has the root of the sum of the squared radii.
 
     Args:
         network: the classifier.
-        region: where the inputs lie, for one example; see :func:`lipjax.networks.regions.l2_ball`.
-        norm: gives the spectral norm of each masked layer.
+        region: where the inputs lie (B, ...); see :func:`lipjax.l2_ball`.
+        ask: gives the norms of the masked layers.
+        arithmetic: what is rounded.
         row_norms: gives the row norms of each layer.
+        rows: the rows of each layer that matter (B, ...), as an earlier pass over the same regions has found them. A
+            norm is one of the very rows that it was computed for; which rows matter is only repeated up to rounding.
 
     Returns:
-        The bounds of one example; ``jax.vmap`` over regions for a batch.
+        The bounds of the batch.
 
     Soundness:
-        Box and ball contain every reachable activation up to rounding, if the norms are upper bounds. With norms
-        estimated from below (power iteration) all of it is an estimate.
+        Box and ball contain every reachable activation, if the norms are upper bounds: up to rounding in exact
+        arithmetic, else with what is rounded. With norms estimated from below (power iteration) all of it is an
+        estimate.
 
     Raises:
         TypeError: network is no :class:`lipjax.Network`.
+        ValueError: the region is not one of a batch of its inputs.
 
     Reference:
         [H21] sections 3.1 and 3.2.
     """
     check_network(network)
-    preactivations, live, sigmas, norm_results = [], [], [], []
+    if region.center.shape[1:] != network.input_shape:
+        expected = ", ".join(map(str, ("B", *network.input_shape)))
+        raise ValueError(f"the region has shape {region.center.shape}; expected that of a batch ({expected})")
+    before, live, asked, sigmas, handed_back, of_layers, of_sums = ([] for _ in range(7))
+    readers, has_ball = network.readers, region.radius is not None
 
-    def block(place: int, step: Block, region: Region) -> Region:
-        region = region.reshape(step.affine.in_shape)
-        before = preactivation(step.affine, region, row_norms)
-        rows, sigma, result = live_rows(step.activation, before), None, None
-        if region.radius is not None:
-            sigma, result = norm(place, step.affine.linear_map().masked(rows, region.live))
-        before = dataclasses.replace(before, radius=None if sigma is None else region.ball * sigma, live=rows)
-        after = activate(step.activation, before)
-        preactivations.append(before)
-        live.append(after.live)
-        norm_results.append(result)
-        sigmas.append(jnp.ones_like(region.center, shape=()) if sigma is None else sigma)
-        return after
+    def affine(place: int, node: Node, value: Region) -> Preactivation:
+        behind = tuple((network.nodes[k].operation, network.nodes[k].arranged[0]) for k in readers[place])
+        only = bool(behind) and all(isinstance(each, Activation) for each, _ in behind)
+        consumers, shapes = tuple(zip(*behind, strict=True)) if only else ((), ())
+        found, entering, slack = _boxed(node.operation, value, consumers, shapes, arithmetic, row_norms)
+        number = len(sigmas)
+        if rows is not None:
+            found = dataclasses.replace(found, rows=jnp.asarray(rows[number]))
+        sigma, aux = None, None
+        if has_ball:
+            sigma, aux = ask(number, node.operation, found.rows, entering.live)
+            found = _balled(node.operation, found, entering, jnp.asarray(sigma, found.center.dtype), arithmetic)
+        asked.append(found.rows)
+        sigmas.append(jnp.ones_like(found.finite, dtype=found.center.dtype) if sigma is None else sigma)
+        handed_back.append(aux)
+        of_layers.append(slack)
+        return found
 
-    features = network.walk(region, block, join).reshape(network.head.in_shape)
-    stacked = jnp.stack(sigmas) if sigmas else jnp.ones_like(features.center, shape=(0,))
-    lipschitz = jnp.asarray(network.lipschitz(stacked), stacked.dtype)
-    return Bounds(region, features, tuple(preactivations), tuple(live), stacked, lipschitz, tuple(norm_results))
+    def visit(place: int, node: Node, *values: Region | Preactivation) -> Region | Preactivation:
+        if isinstance(node.operation, Affine):
+            return affine(place, node, _region(values[0]))
+        if isinstance(node.operation, Activation):
+            found, after = _activated(node.operation, values[0], node.arranged[0], arithmetic)
+            before.append(found)
+            live.append(after.live)
+            return after
+        regions = tuple(map(_region, values))
+        if isinstance(node.operation, Sum):
+            joined, slack = _summed(*regions, node.arranged[0], arithmetic)
+            of_sums.append(slack)
+            return joined
+        return _concatenated(node.operation, regions, node.arranged, arithmetic)
+
+    last = _region(network.forward(region, visit))
+    features, logits = _features(network.head, last, arithmetic)
+    stacked = [jnp.asarray(sigma, features.center.dtype) for sigma in sigmas]
+    table = jnp.stack(stacked, axis=-1) if sigmas else jnp.ones((*features.finite.shape, 0), features.center.dtype)
+    lipschitz = jnp.broadcast_to(jnp.asarray(network.lipschitz(stacked), table.dtype), features.finite.shape)
+    slack = Slack(tuple(of_layers), tuple(of_sums), logits)
+    masks = tuple(before), tuple(live), tuple(asked)
+    return Bounds(region, features, *masks, table, lipschitz, slack, tuple(handed_back))
 
 
-def preactivation(layer: Affine, region: Region, row_norms: RowNorms = masked_row_norms) -> Region:
-    """The box after an affine layer and before its activation; which rows matter, and their ball, follow from it."""
+# Each operation, a program of its own: inside of a traced function it is part of that one.
+
+
+@functools.partial(jax.jit, static_argnames=("shapes", "arithmetic", "row_norms"))
+def _boxed(
+    layer: Affine,
+    region: Region,
+    behind: tuple[Activation, ...],
+    shapes: tuple[Shape, ...],
+    arithmetic: Arithmetic,
+    row_norms: RowNorms,
+) -> tuple[Preactivation, Region, Array]:
+    """What is known behind a layer without its ball, the regions that enter it, and what may be off.
+
+    The rows that matter are those that do to one of the activations behind; all, where something else comes behind.
+    """
+
+    def one(region: Region) -> tuple[Preactivation, Region, Array]:
+        entering = region.reshape(layer.in_shape)
+        found, slack = arithmetic.outputs(layer, _box_behind(layer, entering, row_norms), entering)
+        if behind and found.lower is not None:
+            each = (_rows(each, found.reshape(shape)) for each, shape in zip(behind, shapes, strict=True))
+            rows = functools.reduce(jnp.logical_or, (rows.reshape(layer.out_shape) for rows in each))
+            found = dataclasses.replace(found, rows=rows)
+        return found, entering, slack
+
+    return jax.vmap(one)(region)
+
+
+def _box_behind(layer: Affine, region: Region, row_norms: RowNorms) -> Preactivation:
     center = layer(region.center)
     lower, upper = None, None
     if region.lower is not None and region.upper is not None:
@@ -152,164 +229,114 @@ def preactivation(layer: Affine, region: Region, row_norms: RowNorms = masked_ro
             ball = region.radius * row_norms(layer, region.live)
             lower, upper = jnp.maximum(lower, center - ball), jnp.minimum(upper, center + ball)
     finite = region.finite & all_finite(lower, upper, center)
-    return Region(lower, upper, center, None, jnp.ones(center.shape, bool), finite)
+    return Preactivation(lower, upper, center, jnp.ones(center.shape, bool), None, finite)
 
 
-def activate(activation: Activation, before: Region) -> Region:
-    """The region after an activation."""
-    radius = None if before.radius is None else before.radius * activation.lipschitz
-    center = activation(before.center)
-    finite = before.finite & all_finite(center, radius)
+def _rows(activation: Activation, before: Preactivation) -> Array:
+    """The rows that matter to an activation; all of them where there is no box."""
     if before.lower is None or before.upper is None:
-        return Region(None, None, center, radius, jnp.ones(center.shape, bool), finite)
-    lower, upper = activation(before.lower), activation(before.upper)
-    return Region(lower, upper, center, radius, activation.live_outputs(before.lower, before.upper), finite)
-
-
-def join(kept: Region, region: Region) -> Region:
-    """The region of x + f(x), given those of x and of f(x): boxes and balls add up.
-
-    Args:
-        kept: the region of x. Its box is cut to its ball, so that the sum of the boxes is within the sum of the balls.
-        region: the region of f(x), raveled in the same order.
-    """
-    region = region.reshape(kept.center.shape)
-    center = kept.center + region.center
-    radius = None if kept.radius is None or region.radius is None else kept.radius + region.radius
-    lower, upper = None, None
-    if kept.lower is not None and region.lower is not None:
-        (lower, upper), (low, high) = kept.box, region.box
-        if kept.radius is not None:
-            around = jnp.where(kept.live, kept.radius, 0)
-            lower, upper = jnp.maximum(lower, kept.center - around), jnp.minimum(upper, kept.center + around)
-        lower, upper = lower + low, upper + high
-    finite = kept.finite & region.finite & all_finite(lower, upper, center, radius)
-    return Region(lower, upper, center, radius, kept.live | region.live, finite)
-
-
-def global_norms(network: Network, norm: Norm) -> tuple[Array, tuple[Any, ...]]:
-    """The norms (blocks,) of the whole layers of the feature map, and what ``norm`` hands back for each."""
-    check_network(network)
-    return layer_norms(tuple(block.affine for block in network.blocks), norm, network.head.kernel.dtype)
-
-
-def layer_norms(layers: tuple[Affine, ...], norm: Norm, dtype: Any = jnp.float32) -> tuple[Array, tuple[Any, ...]]:
-    """The norms (layers,) of whole layers, of ``dtype`` where there are none, and what ``norm`` hands back for each."""
-    pairs = [norm(place, layer.linear_map()) for place, layer in enumerate(layers)]
-    return jnp.stack([sigma for sigma, _ in pairs]) if pairs else jnp.ones(0, dtype), tuple(r for _, r in pairs)
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Estimate:
-    """Level ``estimate``: the paper's evaluation, power iteration from a random start to convergence, per example.
-
-    Hands back the number of iterations. Estimates from below; see :func:`lipjax.norms.spectral.converged_norm`.
-
-    Attributes:
-        key: the starts are drawn from it, one per layer.
-        tol: stop when the vector moves by no more than this.
-        max_iters: cap on the iterations.
-    """
-
-    key: Array
-    tol: float = dataclasses.field(default=1e-3, metadata={"static": True})
-    max_iters: int = dataclasses.field(default=2000, metadata={"static": True})
-
-    def __call__(self, place: int, linear_map: LinearMap) -> tuple[Array, Array]:
-        oriented = linear_map.from_smaller_side()
-        start = jax.random.normal(jax.random.fold_in(self.key, place), oriented.in_shape, oriented.dtype)
-        return spectral.converged_norm(oriented, start, tol=self.tol, max_iters=self.max_iters)
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class WarmStarted:
-    """Training: a few power iterations from stored vectors. Hands back the vectors to store for the next time.
-
-    A stored vector can be absorbed, at zero or in a part of the layer that newly live neurons cannot reach, so a
-    little noise, fresh in every step and shared by the examples, is added to it before iterating. Where the vector of
-    the whole layer, which is iterated in every step, is the better start for the masked layer, it is taken instead:
-    an example's own vector is only iterated once per epoch and lags behind the weights.
-
-    Attributes:
-        vectors: one start per block, or by place, on the smaller side of its layer, of length 1 or 0.
-        shared: one vector of the whole layer per block, or None.
-        key: the noise of this step is drawn from it.
-        num_iters: power iterations, at least 1.
-        noise: length of the noise.
-    """
-
-    vectors: tuple[Array, ...] | dict[int, Array]
-    shared: tuple[Array, ...] | None
-    key: Array
-    num_iters: int = dataclasses.field(metadata={"static": True})
-    noise: float = dataclasses.field(default=0.01, metadata={"static": True})
-
-    def __call__(self, place: int, linear_map: LinearMap) -> tuple[Array, Array]:
-        oriented = linear_map.from_smaller_side()
-        noise = jax.random.normal(jax.random.fold_in(self.key, place), oriented.in_shape, oriented.dtype)
-        start = self.vectors[place].astype(noise.dtype) + self.noise * linear_maps.unit(noise)
-        other = None if self.shared is None else self.shared[place].astype(noise.dtype)
-        return spectral.power_iteration(oriented, start, self.num_iters, other)
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class RandomStarted:
-    """A few power iterations from a random start, new each time (the paper's Table 1). Hands back the last vector.
-
-    Attributes:
-        key: the starts are drawn from it, one per layer.
-        num_iters: power iterations, at least 1.
-    """
-
-    key: Array
-    num_iters: int = dataclasses.field(metadata={"static": True})
-
-    def __call__(self, place: int, linear_map: LinearMap) -> tuple[Array, Array]:
-        oriented = linear_map.from_smaller_side()
-        start = jax.random.normal(jax.random.fold_in(self.key, place), oriented.in_shape, oriented.dtype)
-        return spectral.power_iteration(oriented, start, self.num_iters)
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Given:
-    """Norms that are known already, whatever the masks: global norms, shared by all examples. Hands back nothing."""
-
-    sigmas: Array
-
-    def __call__(self, place: int, linear_map: LinearMap) -> tuple[Array, None]:
-        return self.sigmas[place], None
-
-
-def check_batch(network: Network, x: Array) -> None:
-    """Raises TypeError or ValueError unless this is a network, and x a batch of its inputs."""
-    check_network(network)
-    if not hasattr(x, "dtype"):
-        expected = ", ".join(map(str, ("B", *network.input_shape)))
-        raise TypeError(f"x is a {type(x).__name__}; expected a batch ({expected}), an array")
-    if tuple(jnp.shape(x)[1:]) != network.input_shape or jnp.ndim(x) == 0:
-        expected = ", ".join(map(str, ("B", *network.input_shape)))
-        raise ValueError(f"x has shape {jnp.shape(x)}; expected a batch ({expected})")
-
-
-def check_labels(num_classes: int, x: Array, label: Array) -> None:
-    """Raises ValueError unless the labels are classes from 0 on, one per input."""
-    kind = getattr(label, "dtype", type(label).__name__)
-    if np.shape(label) != np.shape(x)[:1] or not np.issubdtype(getattr(label, "dtype", object), np.integer):
-        raise ValueError(f"label has shape {np.shape(label)} and type {kind}; expected {len(x)} integers in an array")
-    outside = (np.asarray(label) < 0) | (np.asarray(label) >= num_classes)
-    if outside.any():
-        raise ValueError(
-            f"label[{np.flatnonzero(outside)[0]}] is {np.asarray(label)[outside][0]}; expected classes from 0 to "
-            f"{num_classes - 1}"
-        )
-
-
-def live_rows(activation: Activation, before: Region) -> Array:
-    """The rows of the layer before an activation that matter; all of them where there is no box."""
-    if before.lower is None or before.upper is None:
-        return before.live
+        return before.rows
     return activation.live_rows(before.lower, before.upper)
+
+
+@functools.partial(jax.jit, static_argnames="arithmetic")
+def _balled(
+    layer: Affine, before: Preactivation, entering: Region, sigma: Array, arithmetic: Arithmetic
+) -> Preactivation:
+    """The same with the ball of the rows that matter."""
+
+    def one(before: Preactivation, entering: Region, sigma: Array) -> Preactivation:
+        radius = arithmetic.ball(layer, entering, before.rows, entering.ball * sigma)
+        return dataclasses.replace(before, radius=radius)
+
+    return jax.vmap(one)(before, entering, sigma)
+
+
+@functools.partial(jax.jit, static_argnames=("shape", "arithmetic"))
+def _activated(
+    activation: Activation, value: Region | Preactivation, shape: Shape, arithmetic: Arithmetic
+) -> tuple[Preactivation, Region]:
+    """What is known before an activation, and the regions after it."""
+
+    def one(value: Region | Preactivation) -> tuple[Preactivation, Region]:
+        if isinstance(value, Region):
+            every = jnp.ones(value.center.shape, bool)
+            value = Preactivation(value.lower, value.upper, value.center, every, value.radius, value.finite)
+        before = value.reshape(shape)
+        before = dataclasses.replace(before, rows=before.rows & _rows(activation, before))
+        return before, after(activation, before, arithmetic)
+
+    return jax.vmap(one)(value)
+
+
+def after(activation: Activation, before: Preactivation, arithmetic: Arithmetic) -> Region:
+    """The region after an activation, of one example."""
+    center, lower, upper = activation(before.center), None, None
+    radius = None if before.radius is None else before.radius * activation.lipschitz
+    finite = before.finite & all_finite(center, radius)
+    live = jnp.ones(center.shape, bool)
+    if before.lower is not None and before.upper is not None:
+        lower, upper = activation(before.lower), activation(before.upper)
+        live = activation.live_outputs(before.lower, before.upper)
+    region = Region(lower, upper, center, radius, live, finite)
+    return region if radius is None else arithmetic.moved(region)
+
+
+@functools.partial(jax.jit, static_argnames=("shape", "arithmetic"))
+def _summed(first: Region, second: Region, shape: Shape, arithmetic: Arithmetic) -> tuple[Region, Array]:
+    def one(first: Region, second: Region) -> tuple[Region, Array]:
+        first, second = first.reshape(shape), second.reshape(shape)
+        return arithmetic.sum(_sum(first, second), first, second)
+
+    return jax.vmap(one)(first, second)
+
+
+def _sum(first: Region, second: Region) -> Region:
+    """Boxes and balls add up. Each box is cut to its ball, so that the sum of the boxes is within that of the balls."""
+    radius = None if first.radius is None or second.radius is None else first.radius + second.radius
+    lower, upper = None, None
+    if first.lower is not None and second.lower is not None:
+        boxes = [_cut(first), _cut(second)]
+        lower, upper = (a + b for a, b in zip(*boxes, strict=True))
+    center = first.center + second.center
+    finite = first.finite & second.finite & all_finite(lower, upper, center, radius)
+    return Region(lower, upper, center, radius, first.live | second.live, finite)
+
+
+def _cut(region: Region) -> tuple[Array, Array]:
+    lower, upper = region.box
+    if region.radius is None:
+        return lower, upper
+    around = jnp.where(region.live, region.radius, 0)
+    return jnp.maximum(lower, region.center - around), jnp.minimum(upper, region.center + around)
+
+
+@functools.partial(jax.jit, static_argnames=("shapes", "arithmetic"))
+def _concatenated(
+    concatenation: Concatenation, regions: tuple[Region, ...], shapes: tuple[Shape, ...], arithmetic: Arithmetic
+) -> Region:
+    def one(*regions: Region) -> Region:
+        parts = [region.reshape(shape) for region, shape in zip(regions, shapes, strict=True)]
+        has_box, has_ball = (all(getattr(part, name) is not None for part in parts) for name in ("lower", "radius"))
+        lower, upper = (
+            concatenation(*(getattr(part, name) for part in parts)) if has_box else None for name in ("lower", "upper")
+        )
+        center, live = (concatenation(*(getattr(part, name) for part in parts)) for name in ("center", "live"))
+        radius = length(jnp.stack([part.ball for part in parts])) if has_ball else None
+        finite = functools.reduce(jnp.logical_and, (part.finite for part in parts)) & all_finite(radius)
+        joined = Region(lower, upper, center, radius, live, finite)
+        return arithmetic.moved(joined) if has_ball else joined
+
+    return jax.vmap(one)(*regions)
+
+
+@functools.partial(jax.jit, static_argnames="arithmetic")
+def _features(head: Affine, region: Region, arithmetic: Arithmetic) -> tuple[Region, Array]:
+    return jax.vmap(lambda region: arithmetic.logits(head, region.reshape(head.in_shape)))(region)
+
+
+def _region(value: Region | Preactivation) -> Region:
+    """The region of a value that all of its readers take whole: every row of its layer matters, and can vary."""
+    if isinstance(value, Region):
+        return value
+    return Region(value.lower, value.upper, value.center, value.radius, value.rows, value.finite)

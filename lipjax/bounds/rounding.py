@@ -10,6 +10,7 @@ before a layer grows by the norm of the MASKED layer, like the perturbation itse
 from __future__ import annotations
 
 import dataclasses
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -18,9 +19,11 @@ from jax import Array
 
 from lipjax.floating_point import SMALLEST64, UNIT32, UNIT64, gamma, highest
 from lipjax.networks.graph import Network
-from lipjax.networks.layers import Affine, Dense
+from lipjax.networks.layers import Affine
 from lipjax.networks.linear_maps import length
-from lipjax.networks.regions import Region
+from lipjax.networks.regions import Preactivation, Region
+
+Known = TypeVar("Known", Region, Preactivation)
 
 MORE = 1 + 1e-3  # leaves room for the same errors in float64, which are smaller by 2^-29
 UP = 1 + 2.0**-40  # what a few operations of float64 may round down
@@ -40,8 +43,8 @@ def check_range(network: Network) -> None:
             )
 
 
-def widen(before: Region, layer: Affine, entering: Region) -> Region:
-    """The region before an activation, its box widened by what may be rounded there.
+def widen(before: Preactivation, layer: Affine, entering: Region) -> Preactivation:
+    """What is known behind a layer, its box widened by what may be rounded there.
 
     In float32, by :func:`output_errors`. In this pass a bound is that of the box, |W mid + b| + |W| half, or that
     of the ball, |W center + b| + radius ||row||: sums of ``layer.terms`` products and a few operations. The terms
@@ -111,7 +114,7 @@ def _flushed(layer: Affine, entering: Region) -> Array:
     """
     lower, upper = entering.box
     largest = jnp.max(jnp.maximum(jnp.abs(lower), jnp.abs(upper)))
-    weights = layer.absolute(jnp.ones(layer.in_shape, layer.kernel.dtype))
+    weights = layer.absolute(jnp.ones(layer.in_shape, layer.dtype))
     return SMALLEST32 * (weights + layer.terms * (1 + largest) + 1)
 
 
@@ -120,7 +123,7 @@ def _relative(layer: Affine) -> float:
     return MORE * gamma(layer.terms + 1, UNIT32)
 
 
-def without_overflow(region: Region, largest: Array) -> Region:
+def without_overflow(region: Known, largest: Array) -> Known:
     """The region, finite only where no float32 number that leads to it can overflow.
 
     Args:
@@ -131,22 +134,22 @@ def without_overflow(region: Region, largest: Array) -> Region:
     return dataclasses.replace(region, finite=region.finite & fits)
 
 
-def sum_errors(joined: Region, kept: Region) -> Array:
-    """How far each float32 entry of a residual sum x + f(x) may be from the exact sum of the same two numbers.
+def sum_errors(joined: Region, *addends: Region) -> Array:
+    """How far each float32 entry of a sum of two may be from the exact sum of the same two numbers.
 
     Args:
         joined: the region of the sum.
-        kept: the region of x; its box was cut to its ball in float64.
+        *addends: the two regions; their boxes were cut to their balls in float64.
     """
     lower, upper = joined.box
     largest = jnp.maximum(jnp.abs(lower), jnp.abs(upper))
-    cut = jnp.abs(kept.center) + jnp.where(kept.live, kept.ball, 0)
+    cut = sum(jnp.abs(each.center) + jnp.where(each.live, each.ball, 0) for each in addends)
     slack = MORE * UNIT32 * largest + 8 * UNIT64 * cut  # the cut is center -+ ball: two operations
     return jnp.where(slack == 0, 0, slack + 2 * SMALLEST32)
 
 
 def widen_sum(joined: Region, slack: Array) -> Region:
-    """The region of a residual sum, box and ball widened by :func:`sum_errors`.
+    """The region of a sum, box and ball widened by :func:`sum_errors`.
 
     A sum of two constants is one, but not the same in float32 and in exact arithmetic: unless both are zero, it counts
     as varying.
@@ -157,7 +160,7 @@ def widen_sum(joined: Region, slack: Array) -> Region:
     return dataclasses.replace(joined, lower=lower - slack, upper=upper + slack, radius=radius, live=live)
 
 
-def logit_errors(head: Dense, features: Region) -> Array:
+def logit_errors(head: Affine, features: Region) -> Array:
     """How far each float32 logit may be from the exact one for the same float32 features (classes,).
 
     With room for the rounding of the margins, which are float64 and of the size of these sums or of the ball's part:
@@ -169,7 +172,6 @@ def logit_errors(head: Dense, features: Region) -> Array:
 
 def absolute_norm(layer: Affine) -> Array:
     """Upper bound of || |W| ||, by the Schur test: sqrt(largest row sum * largest column sum)."""
-    positive = dataclasses.replace(layer, kernel=jnp.abs(layer.kernel))
-    rows = highest(positive.linear(jnp.ones(layer.in_shape, layer.kernel.dtype)))
-    columns = highest(positive.adjoint()(jnp.ones(layer.out_shape, layer.kernel.dtype)))
+    rows = highest(layer.absolute(jnp.ones(layer.in_shape, layer.dtype)))
+    columns = highest(layer.absolute_adjoint(jnp.ones(layer.out_shape, layer.dtype)))
     return jnp.sqrt(rows * columns) * (1 + 1e-9)

@@ -13,8 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from lipjax.bounds import propagation
-from lipjax.certification.keys import check_key
+from lipjax.certification.checks import check_key, check_labels
 from lipjax.networks import linear_maps
 from lipjax.networks.regions import (
     check_domain,
@@ -274,7 +273,7 @@ def _check(network: Classifier, x: Array, label: Array, eps: Array | float, doma
     if len(getattr(logits, "shape", ())) != 2 or len(logits) != len(x):
         raise ValueError(f"the network gives {logits}; expected logits ({len(x)}, classes)")
     known = np.zeros(label.shape, label.dtype) if isinstance(label, jax.core.Tracer) else label
-    propagation.check_labels(logits.shape[1], x, known)
+    check_labels(logits.shape[1], x, known)
     if np.shape(eps) not in ((), (len(x),)):
         raise ValueError(f"eps has shape {np.shape(eps)}; expected one radius, or one for each of {len(x)} examples")
     values = np.asarray(0 if isinstance(eps, jax.core.Tracer) else eps)

@@ -47,7 +47,7 @@ def certificate(network: Network, bounds: Bounds, all_margins: Array, label: Arr
         label: integer scalar.
         level: what the norms are worth.
     """
-    logits = network.head(bounds.features.center)
+    logits = network.head(bounds.features.center).ravel()
     worst = margins.worst_margin(all_margins, label)
     prediction = jnp.argmax(logits)
     finite = bounds.features.finite & all_finite(logits, worst, bounds.lipschitz)

@@ -14,19 +14,21 @@ import numpy as np
 from jax import Array
 
 from lipjax.bounds import propagation, rounding
+from lipjax.bounds.arithmetic import EXACT, FLOAT32
 from lipjax.bounds.dual import forward_margins
-from lipjax.bounds.enclosures import EXACT, FLOAT32, Enclosure, Solve, enclose, enter
+from lipjax.bounds.propagation import Bounds
 from lipjax.certification.certificates import Certificate, certificate
-from lipjax.certification.keys import check_start_key
+from lipjax.certification.checks import check_batch, check_labels, check_start_key
 from lipjax.certification.ledger import Ledger
 from lipjax.certification.masks import Rows
 from lipjax.certification.pairs import Ascent, Starts, proven_margins
 from lipjax.networks.graph import Network, check_network
 from lipjax.networks.layers import Affine
-from lipjax.networks.regions import check_domain
-from lipjax.norms import levels
+from lipjax.networks.regions import check_domain, check_eps, l2_ball
+from lipjax.norms import levels, spectral
 
 LEAST_EPS = 1e-100
+CHECK_ITERS, CHECK_TOLERANCE = 20, 1e-3  # of norms that layers say of themselves, in float32
 
 
 @jax.tree_util.register_dataclass
@@ -36,10 +38,10 @@ class Found:
 
     Attributes:
         certificate: of each example.
-        sigmas: norms of the masked layers (N, blocks).
-        rows: the rows of each block (N, ...) that these are norms of.
-        live: share of varying neurons (N, blocks).
-        products: products that each norm took (N, blocks); zero where the norms were known.
+        sigmas: norms of the masked layers (N, layers).
+        rows: the rows of each layer (N, ...) that these are norms of.
+        live: share of varying neurons behind each activation (N, activations).
+        products: products that each norm took (N, layers); zero where the norms were known.
         finite: nothing overflowed on the way to the features, in float32 or in this pass (N,).
         dual_steps: steps of ascent that the dual took, of all rivals (N,).
     """
@@ -94,7 +96,7 @@ class Certifier:
         check_domain(np.zeros(0), domain)
         self.examples, self.rounds, self.domain = examples, rounds, domain
         self.used = np.zeros((rounds, examples), bool)
-        planned = len(network.blocks) * (1 + examples * rounds)
+        planned = len(network.layers) * (1 + examples * rounds)
         self.level = levels.level_of(level, planned, delta, rtol)
         if key is None and self.level.name == "probabilistic":
             raise ValueError(
@@ -106,9 +108,9 @@ class Certifier:
         rounding.check_range(network)
         self.ledger = Ledger(planned, getattr(self.level, "delta", math.nan))
         with self._precision():
-            # Through NumPy: XLA's own conversion takes numbers below the smallest normal one for zero.
-            self.network = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf, self.level.dtype)), network)
+            self.network = network.frozen().astype(self.level.dtype)
             self.sigmas = self._global_norms()
+        check_known_norms(network)
 
     @property
     def global_lipschitz(self) -> float:
@@ -140,7 +142,7 @@ class Certifier:
             eps: l2 radius, scalar or (B,).
             index: places of the examples among all of this certifier (B,): starts are drawn by them, repetitions free.
             round_: how often these examples have been bounded before.
-            ceilings: upper bounds of the norms (B, blocks) known already, as from a larger eps; default none.
+            ceilings: upper bounds of the norms (B, layers) known already, as from a larger eps; default none.
 
         Raises:
             ValueError: more examples or rounds than delta was divided by, an example twice in a round, or inputs and
@@ -168,8 +170,10 @@ class Certifier:
         keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.fold_in(self.key, 1 + round_)))(index)
 
         def solve(place: int, layer: Affine, rows: Array, columns: Array) -> levels.Norms:
-            found = self.level(place, layer, rows, columns, keys, ceilings[:, place], first)
-            self.ledger.enter(found)
+            found = levels.by_construction(layer, rows, columns)
+            if found is None:
+                found = self.level(place, layer, rows, columns, keys, ceilings[:, place], first)
+                self.ledger.enter(found)
             return found
 
         return self._certify(x, label, eps, solve).at(same)
@@ -193,7 +197,7 @@ class Certifier:
             x: inputs (B, ...) in [0, 1] pixels.
             label: classes of the network (B,).
             eps: l2 radius, scalar or (B,).
-            sigmas: norms (B, blocks) that were found for these very examples and radii, or those of the whole layers.
+            sigmas: norms (B, layers) that were found for these very examples and radii, or those of the whole layers.
             rows: the rows that these are norms of.
             options: of the ascent.
             asked: the examples whose margins are ascended (B,); default all. Wrong predictions never are.
@@ -210,47 +214,45 @@ class Certifier:
             )
         self._check(x, label)
         with self._precision():
-            masks = tuple(jnp.asarray(each) for each in rows)
-            enclosure = self._enclose(x, eps, lambda place, *_: sigmas[:, place], masks)
-            found, forward = _decide(self.network, enclosure, jnp.asarray(label), self.level.name)
-            mine = np.asarray((found.prediction == label) & enclosure.bounds.features.finite)
+            bounds = self._bound(x, eps, lambda place, *_: (sigmas[:, place], None), rows)
+            found, forward = _decide(self.network, bounds, jnp.asarray(label), self.level.name)
+            mine = np.asarray((found.prediction == label) & bounds.features.finite)
             mine = mine if asked is None else mine & asked
             forward = np.asarray(forward)
             margins, steps = proven_margins(
-                self.network, enclosure, np.asarray(label), forward, mine, options, starts, index
+                self.network, bounds, np.asarray(label), forward, mine, options, starts, index
             )
-            certificate = _improved(self.network, enclosure, jnp.asarray(margins), jnp.asarray(label), self.level.name)
-            return _found(enclosure, certificate, sigmas, np.zeros_like(sigmas), steps)
+            certificate = _improved(self.network, bounds, jnp.asarray(margins), jnp.asarray(label), self.level.name)
+            return _found(bounds, certificate, np.zeros_like(sigmas), steps)
 
     def _certify(
         self, x: Array, label: Array, eps: Array | float, solve: Callable[[int, Affine, Array, Array], levels.Norms]
     ) -> Found:
-        found: list[levels.Norms] = []
-
-        def sigma(place: int, layer: Affine, rows: Array, columns: Array) -> np.ndarray:
-            found.append(solve(place, layer, rows, columns))
-            return found[-1].sigma
+        def ask(place: int, layer: Affine, rows: Array, columns: Array) -> tuple[np.ndarray, np.ndarray]:
+            found = solve(place, layer, rows, columns)
+            return found.sigma, found.products
 
         self._check(x, label)
         with self._precision():
-            enclosure = self._enclose(x, eps, sigma)
-            certificate, _ = _decide(self.network, enclosure, jnp.asarray(label), self.level.name)
-            tables = [norm.sigma for norm in found], [norm.products for norm in found]
-            sigmas, products = (np.asarray(table, np.float64).reshape(-1, len(x)).T for table in tables)
-            return _found(enclosure, certificate, sigmas, products, np.zeros(len(x), int))
+            bounds = self._bound(x, eps, ask)
+            products = np.asarray(bounds.handed_back, np.float64).reshape(-1, len(x)).T
+            bounds = dataclasses.replace(bounds, handed_back=())
+            certificate, _ = _decide(self.network, bounds, jnp.asarray(label), self.level.name)
+            return _found(bounds, certificate, products, np.zeros(len(x), int))
 
-    def _enclose(self, x: Array, eps: Array | float, solve: Solve, rows: tuple[Array, ...] | None = None) -> Enclosure:
+    def _bound(self, x: Array, eps: Array | float, ask: propagation.Ask, rows: Rows | None = None) -> Bounds:
+        check_eps(x, eps)
         tiny = np.extract((np.asarray(eps) > 0) & (np.asarray(eps) < LEAST_EPS), eps)
         if tiny.size:
             raise ValueError(f"eps is {tiny[0]!s}; expected 0, or at least {LEAST_EPS:g}: smaller radii leave float64")
-        radius = jnp.broadcast_to(jnp.asarray(eps, self.level.dtype), np.shape(x)[:1])
-        region = enter(jnp.asarray(np.asarray(x, self.level.dtype)), radius, self.domain)
+        inputs = jnp.asarray(np.asarray(x, self.level.dtype))
+        region = l2_ball(inputs, np.asarray(eps, self.level.dtype), self.domain)
         arithmetic = FLOAT32 if self.level.is_bound else EXACT
-        return enclose(self.network, region, solve, arithmetic, rows)
+        return propagation.propagate(self.network, region, ask, arithmetic, rows=rows)
 
     def _check(self, x: Array, label: Array) -> None:
-        propagation.check_batch(self.network, x)
-        propagation.check_labels(self.network.num_classes, x, label)
+        check_batch(self.network, x)
+        check_labels(self.network.num_classes, x, label)
         check_domain(x, self.domain)
 
     def _global_norms(self) -> np.ndarray:
@@ -259,11 +261,12 @@ class Certifier:
         if isinstance(level, levels.Lanczos):
             level = dataclasses.replace(level, rtol=level.rtol / 20)
         found = []
-        for place, block in enumerate(self.network.blocks):
-            layer = block.affine
+        for place, layer in enumerate(self.network.layers):
             masks = jnp.ones((1, *layer.out_shape), bool), jnp.ones((1, *layer.in_shape), bool)
-            norm = level(place, layer, *masks, jax.random.fold_in(self.key, 0)[None], np.inf)
-            self.ledger.enter(norm)
+            norm = levels.by_construction(layer, *masks)
+            if norm is None:
+                norm = level(place, layer, *masks, jax.random.fold_in(self.key, 0)[None], np.inf)
+                self.ledger.enter(norm)
             found.append(norm.sigma[0])
         return np.asarray(found, np.float64)
 
@@ -273,14 +276,29 @@ class Certifier:
         return contextlib.nullcontext()
 
 
-def _found(
-    enclosure: Enclosure, certificate: Certificate, sigmas: np.ndarray, products: np.ndarray, steps: np.ndarray
-) -> Found:
-    bounds = enclosure.bounds
-    shares = [np.asarray(jnp.mean(live.reshape(len(sigmas), -1), axis=1)) for live in bounds.live]
-    rows = tuple(np.asarray(before.live) for before in bounds.preactivations)
-    live = np.asarray(shares, np.float64).reshape(-1, len(sigmas)).T
-    finite = np.asarray(bounds.features.finite)
+def check_known_norms(network: Network) -> None:
+    """Raises ValueError where a layer says of itself a norm that a lower bound of it exceeds."""
+    for place, layer in enumerate(network.layers):
+        sides = (layer.out_shape, layer.in_shape)
+        said = levels.by_construction(layer, *(jnp.ones((1, *side), bool) for side in sides))
+        if said is None:
+            continue
+        linear_map = layer.linear_map().from_smaller_side()
+        start = jax.random.normal(jax.random.key(place), linear_map.in_shape, linear_map.dtype)
+        least, _ = spectral.power_iteration(linear_map, start, CHECK_ITERS)
+        if least > said.sigma[0] * (1 + CHECK_TOLERANCE):
+            raise ValueError(
+                f"layer {place}, {type(layer).__name__}, says that its norm is at most {said.sigma[0]:g}, but it is at "
+                f"least {float(least):g}; correct its known_norm, or leave it out"
+            )
+
+
+def _found(bounds: Bounds, certificate: Certificate, products: np.ndarray, steps: np.ndarray) -> Found:
+    count = len(steps)
+    shares = [np.asarray(jnp.mean(live.reshape(count, -1), axis=1)) for live in bounds.live]
+    live = np.asarray(shares, np.float64).reshape(-1, count).T
+    sigmas = np.asarray(bounds.sigmas, np.float64)
+    rows, finite = tuple(map(np.asarray, bounds.rows)), np.asarray(bounds.features.finite)
     return Found(jax.tree.map(np.asarray, certificate), sigmas, rows, live, products, finite, steps)
 
 
@@ -298,21 +316,22 @@ def _firsts(places: np.ndarray, *given: Array | np.ndarray) -> tuple[np.ndarray,
 
 
 @functools.partial(jax.jit, static_argnames="level")
-def _decide(network: Network, enclosure: Enclosure, label: Array, level: str) -> tuple[Certificate, Array]:
+def _decide(network: Network, bounds: Bounds, label: Array, level: str) -> tuple[Certificate, Array]:
     """Certificates by the forward pass, and its margins (B, classes), net of what inference rounds."""
 
-    def one(enclosure: Enclosure, label: Array) -> tuple[Certificate, Array]:
-        margins = forward_margins(network, enclosure.bounds, label) - (enclosure.logits + enclosure.logits[label])
-        return certificate(network, enclosure.bounds, margins, label, level), margins
+    def one(bounds: Bounds, label: Array) -> tuple[Certificate, Array]:
+        off = bounds.slack.logits
+        margins = forward_margins(network, bounds, label) - (off + off[label])
+        return certificate(network, bounds, margins, label, level), margins
 
-    return jax.vmap(one)(enclosure, label)
+    return jax.vmap(one)(bounds, label)
 
 
 @functools.partial(jax.jit, static_argnames="level")
-def _improved(network: Network, enclosure: Enclosure, margins: Array, label: Array, level: str) -> Certificate:
+def _improved(network: Network, bounds: Bounds, margins: Array, label: Array, level: str) -> Certificate:
     """Certificates by better margins (B, classes)."""
 
-    def one(enclosure: Enclosure, margins: Array, label: Array) -> Certificate:
-        return certificate(network, enclosure.bounds, margins, label, level)
+    def one(bounds: Bounds, margins: Array, label: Array) -> Certificate:
+        return certificate(network, bounds, margins, label, level)
 
-    return jax.vmap(one)(enclosure, margins, label)
+    return jax.vmap(one)(bounds, margins, label)

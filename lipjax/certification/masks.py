@@ -8,12 +8,12 @@ import numpy as np
 
 from lipjax.networks.graph import Network
 
-Rows = tuple[np.ndarray, ...]  # booleans (B, *shape of the pre-activations), one array per block
+Rows = tuple[np.ndarray, ...]  # booleans (B, *output), one array per layer
 
 
 def all_rows(network: Network, count: int) -> Rows:
     """The masks that leave out nothing."""
-    return tuple(np.ones((count, *block.affine.out_shape), bool) for block in network.blocks)
+    return tuple(np.ones((count, *layer.out_shape), bool) for layer in network.layers)
 
 
 def rows_to_bits(rows: Rows) -> np.ndarray:
@@ -23,8 +23,8 @@ def rows_to_bits(rows: Rows) -> np.ndarray:
 
 
 def rows_from_bits(network: Network, bits: np.ndarray) -> Rows:
-    """The inverse of :func:`rows_to_bits` for the blocks of a network."""
-    shapes = [block.affine.out_shape for block in network.blocks]
+    """The inverse of :func:`rows_to_bits` for the layers of a network."""
+    shapes = [layer.out_shape for layer in network.layers]
     ends = np.cumsum([math.prod(shape) for shape in shapes])
     flat = np.unpackbits(bits, axis=1).astype(bool)
     parts = np.split(flat, ends, axis=1)[: len(shapes)]

@@ -16,10 +16,10 @@ from jax import Array
 
 from lipjax.bounds import ascent, dual
 from lipjax.bounds.ascent import Climb
-from lipjax.bounds.enclosures import Enclosure
+from lipjax.bounds.propagation import Bounds
 from lipjax.bounds.rule import Rule
 from lipjax.networks.graph import Network
-from lipjax.norms import levels
+from lipjax.norms import cohorts
 
 ROUNDS = 3  # looks at who is proven, per ascent
 PAIRS = 64  # that are ascended together, at most
@@ -44,7 +44,7 @@ class Ascent:
 
 def proven_margins(
     network: Network,
-    enclosure: Enclosure,
+    bounds: Bounds,
     label: np.ndarray,
     forward: np.ndarray,
     asked: np.ndarray,
@@ -58,7 +58,7 @@ def proven_margins(
 
     Args:
         network: float64.
-        enclosure: of the batch, with the rounding of float32 inference.
+        bounds: of the batch, with the rounding of float32 inference.
         label: integers (B,).
         forward: margins (B, classes) of the forward pass, net of rounding.
         asked: which examples (B,).
@@ -74,7 +74,7 @@ def proven_margins(
     doubtful = ~(others > 0) & asked[:, None]
     first = np.zeros_like(doubtful)
     first[np.arange(len(label)), np.argmin(others, axis=1)] = True
-    cohort = _Cohort(network, enclosure, label, options, starts, index)
+    cohort = _Cohort(network, bounds, label, options, starts, index)
     for now in (first, ~first):
         hopeless = np.asarray(np.any(doubtful & first & ~(margins > 0), axis=1))
         wave = doubtful & now & (~hopeless[:, None] | first)
@@ -93,16 +93,16 @@ class _Cohort:
     def __init__(
         self,
         network: Network,
-        enclosure: Enclosure,
+        bounds: Bounds,
         label: np.ndarray,
         options: Ascent,
         starts: Starts | None,
         index: np.ndarray | None,
     ) -> None:
-        self.network, self.enclosure, self.options = network, enclosure, options
+        self.network, self.bounds, self.options = network, bounds, options
         self.label, self.starts, self.index = jnp.asarray(label), starts, index
-        self.narrow = jax.tree.map(_narrow, (network, enclosure.bounds))
-        count, classes = enclosure.logits.shape
+        self.narrow = jax.tree.map(_narrow, (network, bounds))
+        count, classes = bounds.slack.logits.shape
         self.size = min(PAIRS, ascent.pairs_at_once(network), count * max(1, classes - 1))
         self.room = max(self.size, ascent.pairs_at_once(network) // self.size * self.size)
 
@@ -116,12 +116,12 @@ class _Cohort:
         rounds = min(ROUNDS, self.options.num_steps) or 1
         lengths = np.diff(np.linspace(0, self.options.num_steps, rounds + 1).astype(int))
         for length in lengths:
-            for part in levels.parts(unproven, self.size, count):
+            for part in cohorts.parts(unproven, self.size, count):
                 real = part[part < count]
                 state, multipliers = _advance(
                     *self.narrow, self.label, *at, state, part, int(length), self.options.num_steps
                 )
-                found = _prove(self.network, self.enclosure, self.label, *at, part, multipliers)
+                found = _prove(self.network, self.bounds, self.label, *at, part, multipliers)
                 margins[real] = np.fmax(margins[real], np.asarray(found)[: len(real)])
             taken[unproven] += length
             unproven = np.flatnonzero(~(margins > 0))
@@ -172,7 +172,7 @@ def _narrow(leaf: Array) -> Array:
 
 @jax.jit
 def _start(
-    network: Network, bounds: dual.Bounds, label: Array, examples: Array, rivals: Array, part: Array, rule: Rule | None
+    network: Network, bounds: Bounds, label: Array, examples: Array, rivals: Array, part: Array, rule: Rule | None
 ) -> Climb:
     def one(example: Array, rival: Array) -> Climb:
         own, chosen = jax.tree.map(lambda leaf: leaf[example], (bounds, label))
@@ -189,7 +189,7 @@ def _start(
 @functools.partial(jax.jit, static_argnames=("num_steps", "of"), donate_argnames="state")
 def _advance(
     network: Network,
-    bounds: dual.Bounds,
+    bounds: Bounds,
     label: Array,
     examples: Array,
     rivals: Array,
@@ -213,7 +213,7 @@ def _advance(
 @jax.jit
 def _prove(
     network: Network,
-    enclosure: Enclosure,
+    bounds: Bounds,
     label: Array,
     examples: Array,
     rivals: Array,
@@ -223,25 +223,23 @@ def _prove(
     """The margins of some pairs at some multipliers, net of rounding; NaN where they are not finite."""
 
     def one(example: Array, rival: Array, multipliers: dual.Multipliers) -> Array:
-        own, chosen = jax.tree.map(lambda leaf: leaf[example], (enclosure, label))
+        own, chosen = jax.tree.map(lambda leaf: leaf[example], (bounds, label))
         return proven_margin(network, own, chosen, rival, multipliers)
 
     wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), multipliers)
     return jax.vmap(one)(examples[part], rivals[part], wide)
 
 
-def proven_margin(
-    network: Network, enclosure: Enclosure, label: Array, rival: Array, multipliers: dual.Multipliers
-) -> Array:
+def proven_margin(network: Network, bounds: Bounds, label: Array, rival: Array, multipliers: dual.Multipliers) -> Array:
     """The margin that some multipliers prove for float32 inference, for one pair, in float64.
 
     Soundness:
         A lower bound of ``logits[label] - logits[rival]`` anywhere in the region, in exact arithmetic and in float32,
-        if the norms of the enclosure are bounds. Not a number where anything is not finite.
+        if the norms of the bounds are bounds. Not a number where anything is not finite.
     """
-    trace = dual.pull(network, enclosure.bounds, label, rival, dual.given(multipliers))
-    value = dual.value(network, enclosure.bounds, trace)
-    logits = enclosure.logits[label] + enclosure.logits[rival]
-    errors = dual.errors(network, enclosure.bounds, trace, enclosure.layers, enclosure.sums, logits)
+    trace = dual.pull(network, bounds, label, rival, dual.given(multipliers))
+    value = dual.value(network, bounds, trace)
+    logits = bounds.slack.logits[label] + bounds.slack.logits[rival]
+    errors = dual.errors(network, bounds, trace, logits)
     margin = value - UP * sum(errors)
-    return jnp.where(jnp.isfinite(margin) & enclosure.bounds.features.finite, margin, jnp.nan)
+    return jnp.where(jnp.isfinite(margin) & bounds.features.finite, margin, jnp.nan)

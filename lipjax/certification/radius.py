@@ -172,7 +172,7 @@ class Radius:
 
 def _steepest(certifier: Certifier, label: np.ndarray) -> np.ndarray:
     """An upper bound of how fast any margin of each label can fall, by the global constant."""
-    rows = np.asarray(certifier.network.head.kernel).T
+    rows = np.asarray(certifier.network.head.matrix())
     distances = np.asarray([np.linalg.norm(rows - row, axis=1).max() for row in rows])
     return certifier.global_lipschitz * distances[label]
 

@@ -18,14 +18,15 @@ from lipjax.errors import InputError
 from lipjax.files import replace_text
 from lipjax.networks.graph import Network
 
+FORMAT = 2  # of files of certificates: networks are hashed as graphs
 FIELDS = ("level", "delta", "eps", "dtype", "versions", "network_sha256", "dataset", "split", "seed")
 
 
 def fingerprint(network: Network) -> str:
     """Hash of a network: its layers with their options, and the bytes of its parameters."""
     digest = hashlib.sha256()
-    for step in (*network.steps, network.head):
-        digest.update(_description(step).encode())
+    for part in (*network.nodes, network.head):
+        digest.update(_description(part).encode())
     for leaf in jax.tree.leaves(network):
         array = np.ascontiguousarray(leaf)
         digest.update(f"{array.shape} {array.dtype}".encode())
@@ -62,7 +63,7 @@ def load_certificates(path: str | pathlib.Path, network: Network) -> tuple[dict[
         versions, domain, data set and split, seed of the key.
 
     Raises:
-        InputError: the file cannot be read, lacks something, or is about another network.
+        InputError: the file cannot be read, lacks something, is of an older version, or is about another network.
     """
     try:
         with pathlib.Path(path).open("rb") as opened, np.load(opened, allow_pickle=False) as file:
@@ -74,6 +75,12 @@ def load_certificates(path: str | pathlib.Path, network: Network) -> tuple[dict[
     missing = [name for name in FIELDS if name not in summary]
     if missing:
         raise InputError(f"{path} does not state {', '.join(missing)}; run certify.py again")
+    if summary.get("format", 1) != FORMAT:
+        version = summary["versions"].get("lipjax", "of another version")
+        raise InputError(
+            f"{path} was written by lipjax {version}, which described networks in another way, so that it "
+            "cannot be told whether they are about this one; run certify.py again"
+        )
     ours = fingerprint(network)
     if summary["network_sha256"] != ours:
         raise InputError(
@@ -83,11 +90,11 @@ def load_certificates(path: str | pathlib.Path, network: Network) -> tuple[dict[
     return columns, summary
 
 
-def _description(step: Any) -> str:
-    """The type of a step and its static options, and those of what it holds."""
-    parts = [type(step).__name__]
-    for field in dataclasses.fields(step):
-        value = getattr(step, field.name)
+def _description(part: Any) -> str:
+    """The type of a part and its static options, and those of what it holds."""
+    parts = [type(part).__name__]
+    for field in dataclasses.fields(part):
+        value = getattr(part, field.name)
         if field.metadata.get("static"):
             parts.append(f"{field.name}={value}")
         elif dataclasses.is_dataclass(value):

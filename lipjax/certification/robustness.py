@@ -18,16 +18,18 @@ from lipjax.bounds import propagation
 from lipjax.bounds.rule import Rule
 from lipjax.certification.certificates import Certificate
 from lipjax.certification.certifier import Certifier
-from lipjax.certification.keys import check_start_key
+from lipjax.certification.checks import check_batch, check_labels, check_start_key
 from lipjax.certification.pairs import Ascent
 from lipjax.certification.radius import certified_radii
 from lipjax.certification.stages import BOUNDING, Batch, Dual, Global, Local, checked_names, climb, no_evidence
 from lipjax.networks.graph import Network
 from lipjax.networks.regions import (
     check_domain,
+    check_eps,
     check_pixels,
     l2_ball,
 )
+from lipjax.norms import estimates
 
 
 def certify(
@@ -54,7 +56,7 @@ def certify(
         network: the classifier.
         x: inputs (B, ...) in [0, 1] pixels.
         label: integers (B,).
-        eps: l2 radius, in pixels.
+        eps: l2 radius, scalar or one per input (B,), in pixels.
         level: ``"probabilistic"``, ``"deterministic"`` or ``"estimate"``: what the spectral norms are worth.
         delta: total probability that anything returned is wrong, for ``"probabilistic"``.
         key: draws the random starts; not used for anything else, and independent of x and of the network.
@@ -162,7 +164,7 @@ def local_lipschitz(network: Network, x: Array, eps: Array | float, **options: A
     Args:
         network: the classifier.
         x: inputs (B, ...), in [0, 1] pixels.
-        eps: l2 radius of the balls, in pixels.
+        eps: l2 radius of the balls, scalar or one per input (B,), in pixels.
         **options: ``level``, ``delta``, ``key`` and ``rtol`` as of :func:`certify`. With ``level="estimate"`` the
             function may be traced (``jit``, ``vmap``, ``grad``).
 
@@ -179,7 +181,7 @@ def local_lipschitz(network: Network, x: Array, eps: Array | float, **options: A
     _check(network, x, eps, traced=options.get("level") == "estimate")
     if options.get("level") == "estimate":
         norm = _estimate(**options)
-        return jax.vmap(lambda one: propagation.propagate(network, l2_ball(one, eps), norm).lipschitz)(x)
+        return propagation.propagate(network, l2_ball(x, eps), norm).lipschitz
     label = jnp.zeros(len(x), jnp.int32)
     certifier = Certifier(network, len(x), **options)
     return _outward(certifier.locally(x, label, eps, jnp.arange(len(x))).certificate.lipschitz, np.inf)
@@ -199,7 +201,7 @@ def global_lipschitz(network: Network, **options: Any) -> Array:
         As of :func:`certify`.
     """
     if options.get("level") == "estimate":
-        return jnp.asarray(network.lipschitz(propagation.global_norms(network, _estimate(**options))[0]))
+        return jnp.asarray(network.lipschitz(estimates.whole_norms(network.layers, _estimate(**options))[0]))
     return _outward(np.float64(Certifier(network, 0, **options).global_lipschitz), np.inf)
 
 
@@ -232,32 +234,32 @@ def _whole(x: Array, label: Array, places: np.ndarray, title: str) -> Iterator[t
 
 def _estimate(
     *, level: str, key: Array | None = None, delta: float | None = None, rtol: float | None = None
-) -> propagation.Estimate:
+) -> estimates.Estimate:
     """The norm of level ``estimate`` in traced code; delta and rtol have no meaning there."""
     del level, delta, rtol
     key = jax.random.key(0) if key is None else key
     check_start_key(key)
-    return propagation.Estimate(key)
+    return estimates.Estimate(key)
 
 
 def _check(network: Network, x: Array, eps: Array | float, *, traced: bool = False) -> None:
-    """Raises unless x is a batch of pixels and eps one radius, both finite, and known unless they may be traced."""
+    """Raises unless x is a batch of pixels and eps its radii, all finite, and known unless they may be traced."""
     unknown = isinstance(x, jax.core.Tracer) or isinstance(eps, jax.core.Tracer)
     if unknown and not traced:
         raise TypeError(
             "certificates are computed outside of traced code; under jit, vmap or grad use lipjax.propagate, or "
             "lipjax.local_lipschitz with level='estimate'"
         )
-    propagation.check_batch(network, x)
+    check_batch(network, x)
     check_pixels(x)
     if not len(x):
         raise ValueError("x is an empty batch; expected at least one input")
-    if np.ndim(eps):
-        raise ValueError(f"eps has shape {np.shape(eps)}; expected one radius for the whole batch")
     if unknown:
         return
-    if isinstance(eps, str) or not eps >= 0 or math.isinf(eps):
-        raise ValueError(f"eps is {eps!r}; expected a finite radius of at least 0, in [0, 1] pixels")
+    if isinstance(eps, str) or np.isinf(eps).any():
+        wrong = eps if isinstance(eps, str) else np.extract(np.isinf(eps), eps)[0]
+        raise ValueError(f"eps is {wrong}; expected a finite radius of at least 0, in [0, 1] pixels")
+    check_eps(x, eps)
     wrong = ~np.isfinite(np.asarray(x)).reshape(len(x), -1).all(axis=1)
     if wrong.any():
         raise ValueError(f"x[{np.flatnonzero(wrong)[0]}] holds NaN or infinity; expected pixels in [0, 1]")
@@ -270,7 +272,7 @@ def _check_classes(network: Network, x: Array, label: Array) -> None:
             f"the network has {network.num_classes} logit, and a margin is that between two; give a classifier of two "
             "classes two logits, such as 0 and its own"
         )
-    propagation.check_labels(network.num_classes, x, label)
+    check_labels(network.num_classes, x, label)
 
 
 def _outward(values: np.ndarray, towards: float) -> Array:

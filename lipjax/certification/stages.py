@@ -50,10 +50,10 @@ class Evidence:
         dual_steps: steps of ascent of its dual margins, of all rivals (N,).
         seconds: of all stages that saw it (N,).
         local: it was bounded with norms of its own (N,).
-        sigmas: the least norms that are known (N, blocks).
+        sigmas: the least norms that are known (N, layers).
         rows: the rows that these are norms of, as bits (N, bytes).
-        live: share of varying neurons (N, blocks).
-        norm_products: products that each norm took (N, blocks).
+        live: share of varying neurons behind each activation (N, activations).
+        norm_products: products that each norm took (N, layers).
         radius: certified radii (N,), where they were asked for.
         points: where PGD is (N, ...).
     """
@@ -125,7 +125,7 @@ def no_evidence(certifier: Certifier, label: np.ndarray, image_shape: tuple[int,
         label: integers (N,).
         image_shape: of one example, where there will be attacks.
     """
-    count, blocks = len(label), len(certifier.network.blocks)
+    count, network = len(label), certifier.network
     zeros, false = (functools.partial(np.zeros, dtype=kind) for kind in (np.float64, bool))
     return Evidence(
         label=np.asarray(label),
@@ -141,9 +141,9 @@ def no_evidence(certifier: Certifier, label: np.ndarray, image_shape: tuple[int,
         seconds=zeros(count),
         local=false(count),
         sigmas=np.tile(certifier.sigmas, (count, 1)),
-        rows=np.tile(rows_to_bits(all_rows(certifier.network, 1)), (count, 1)),
-        live=zeros((count, blocks)),
-        norm_products=zeros((count, blocks)),
+        rows=np.tile(rows_to_bits(all_rows(network, 1)), (count, 1)),
+        live=zeros((count, len(network.activations))),
+        norm_products=zeros((count, len(network.layers))),
         radius=zeros(count),
         points=np.zeros((count, *(image_shape or (0,))), np.float32),
     )
@@ -251,15 +251,19 @@ class Bounding:
     """What the stages that bound have in common.
 
     Attributes:
-        eps: l2 radius.
+        eps: l2 radius, scalar or one per example (N,).
     """
 
-    eps: float
+    eps: float | np.ndarray
     name = "bounds"
     rounds = 1
 
     def title(self, round_: int) -> str:
         return f"{self.name} bounds"
+
+    def radius(self, batch: Batch) -> float | np.ndarray:
+        """Of each example of a batch (B,), or of all."""
+        return np.asarray(self.eps)[batch.index] if np.ndim(self.eps) else self.eps
 
     def asks(self, evidence: Evidence, triage: bool) -> np.ndarray:
         return evidence.undecided if triage else np.ones(len(evidence.label), bool)
@@ -272,7 +276,7 @@ class Global(Bounding):
     name = "global"
 
     def __call__(self, certifier: Certifier, evidence: Evidence, places: np.ndarray, batch: Batch, round_: int) -> None:
-        evidence.learn(self.name, places, certifier.globally(batch.x, batch.label, self.eps))
+        evidence.learn(self.name, places, certifier.globally(batch.x, batch.label, self.radius(batch)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -282,7 +286,7 @@ class Local(Bounding):
     name = "local"
 
     def __call__(self, certifier: Certifier, evidence: Evidence, places: np.ndarray, batch: Batch, round_: int) -> None:
-        found = certifier.locally(batch.x, batch.label, self.eps, batch.index)
+        found = certifier.locally(batch.x, batch.label, self.radius(batch), batch.index)
         evidence.learn(self.name, places, found)
         count = len(places)
         evidence.products[places] += found.products[:count].sum(axis=1)
@@ -305,7 +309,7 @@ class Dual(Bounding):
     def __call__(self, certifier: Certifier, evidence: Evidence, places: np.ndarray, batch: Batch, round_: int) -> None:
         asked = np.arange(len(batch.index)) < len(places)
         found = certifier.dually(
-            *(batch.x, batch.label, self.eps),
+            *(batch.x, batch.label, self.radius(batch)),
             sigmas=evidence.sigmas[batch.index],
             rows=rows_from_bits(certifier.network, evidence.rows[batch.index]),
             options=self.options,

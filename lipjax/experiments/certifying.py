@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 
-from lipjax.certification.records import fingerprint, save_certificates
+from lipjax.certification.records import FORMAT, fingerprint, save_certificates
 from lipjax.errors import InputError
 from lipjax.experiments import figures, recipe, reports, settings
 from lipjax.experiments.data import from_file, load
@@ -91,6 +91,7 @@ def certify(
         "checkpoint_epoch": facts["epoch"],
         "params_sha256": facts["params_sha256"],
         "network_sha256": fingerprint(network),
+        "format": FORMAT,
         "method": config.method.name,
         "seed": seed,
         "device": jax.devices()[0].device_kind,

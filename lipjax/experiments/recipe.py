@@ -14,7 +14,7 @@ from lipjax.errors import InputError
 from lipjax.experiments import architectures, data, settings
 from lipjax.experiments.settings import Config
 from lipjax.reading import flax
-from lipjax.training import losses, methods, schedules, training_step
+from lipjax.training import losses, methods, objectives, schedules, training_step, unbounded
 from lipjax.training.checkpoints import Checkpoints, unflat
 from lipjax.training.methods import Method
 
@@ -24,7 +24,7 @@ FORWARD = {
     "lipschitz_margin": margins.lipschitz_margin,
 }
 WORST_CASE = {"gloro": losses.gloro, "cross_entropy": lambda logits, worst, label: losses.cross_entropy(worst, label)}
-UNBOUNDED = {"clean": methods.Standard, "adversarial": methods.Adversarial, "trades": methods.Trades}
+UNBOUNDED = {"clean": unbounded.Standard, "adversarial": unbounded.Adversarial, "trades": unbounded.Trades}
 
 
 def model_of(config: Config, dataset: data.Dataset) -> nnx.Sequential:
@@ -66,10 +66,10 @@ def method_of(config: Config, num_steps: int) -> Method:
     )
 
 
-def objective_of(config: Config) -> methods.Objective:
+def objective_of(config: Config) -> objectives.Objective:
     """What a step of a config minimises."""
     method, options = config.method, config.power_iteration
-    iterations = methods.Iterations(
+    iterations = objectives.Iterations(
         num_iters=options.num_iters,
         global_iters=options.global_iters,
         noise=options.noise,
@@ -91,7 +91,7 @@ def objective_of(config: Config) -> methods.Objective:
     )
 
 
-def validation_of(config: Config) -> methods.Objective:
+def validation_of(config: Config) -> objectives.Objective:
     """What the validation split of a config is judged by: the same, against all rivals."""
     objective = objective_of(config)
     if isinstance(objective, methods.Bounded) and isinstance(objective.margins, methods.DualMargins):

@@ -17,12 +17,12 @@ from flax import nnx
 from jax import Array
 from tqdm import tqdm
 
-from lipjax.bounds import propagation
 from lipjax.errors import InputError
 from lipjax.experiments import data, recipe, reports, settings
 from lipjax.experiments.settings import Config
+from lipjax.norms import estimates
 from lipjax.reading import flax
-from lipjax.training import methods, sharding, training_step
+from lipjax.training import methods, objectives, sharding, training_step
 from lipjax.training.checkpoints import Checkpoints, flat, unflat
 from lipjax.training.training_step import Batch, Images, TrainState
 
@@ -263,18 +263,18 @@ class Run:
         network = flax.from_flax(nnx.merge(self.graphdef, state.params), x.shape[1:])
         key, objective = jax.random.key(self.config.seed), self.method.objective
         eps = self.method.eps(state.step)
-        exact = propagation.Estimate(key, max_iters=self.config.probe.max_iters)
-        whole, _ = methods.whole_norms(objective.layers(network), state.global_vectors, objective.iterations, key)
-        converged_whole, _ = propagation.global_norms(network, exact)
+        exact = estimates.Estimate(key, max_iters=self.config.probe.max_iters)
+        norms, global_vectors = objectives.whole_norms(
+            objective.layers(network), state.global_vectors, objective.iterations, key
+        )
+        norms = norms[: len(network.layers)]
+        converged_norms, _ = estimates.whole_norms(network.layers, exact)
         if not (isinstance(objective, methods.Bounded) and objective.local):
-            return whole[None, : len(network.blocks)], converged_whole[None], converged_whole
-
-        def one(x: Array, vectors: tuple[Array, ...], own_key: Array) -> tuple[Array, Array]:
-            norm = objective.norm(network, vectors, state.global_vectors, whole, key, own_key)
-            estimated = objective.propagate(network, x, eps, norm).sigmas
-            return estimated, objective.propagate(network, x, eps, exact).sigmas
-
-        return *jax.vmap(one)(x, vectors, jax.random.split(key, len(x))), converged_whole
+            return norms[None], converged_norms[None], converged_norms
+        keys = jax.random.split(key, len(x))
+        ask = objective.ask(network, vectors, global_vectors, norms, key, keys)
+        estimated, converged = (objective.propagate(network, x, eps, each).sigmas for each in (ask, exact))
+        return estimated, converged, converged_norms
 
     def _images(self, dataset: data.Dataset) -> Images:
         images, labels = (sharding.deal(array, self.devices) for array in (dataset.images, dataset.labels))

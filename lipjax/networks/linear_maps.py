@@ -45,6 +45,11 @@ class LinearMap:
             out_mask,
         )
 
+    def divided(self, scale: Array | float) -> LinearMap:
+        """The map divided by a number."""
+        matvec, rmatvec = self.matvec, self.rmatvec
+        return dataclasses.replace(self, matvec=lambda a: matvec(a) / scale, rmatvec=lambda z: rmatvec(z) / scale)
+
     def from_smaller_side(self) -> LinearMap:
         """The map or its transpose, whichever takes the shorter vectors. Both have the same singular values."""
         if math.prod(self.out_shape) < math.prod(self.in_shape):

@@ -10,15 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from lipjax.networks.activations import Activation, Identity
+from lipjax.networks.activations import Activation, IdentityActivation, activation
 from lipjax.networks.convolutions import Padding, Pair
-from lipjax.networks.layers import Shape, layer, static
+from lipjax.networks.layers import Shape, static
 from lipjax.networks.regions import Region
 
 
 @jax.tree_util.register_dataclass
-@layer
-class MaxPool(Activation):
+@activation
+class MaxPoolActivation(Activation):
     """Maximum over windows of an image, with padding that never wins.
 
     Its l2 constant is sqrt(the largest number of windows that hold one input): a change of one input can show in all
@@ -63,7 +63,7 @@ class MaxPool(Activation):
         """
         lower, upper = region.box
         outputs = dataclasses.replace(region, lower=self(lower), upper=self(upper), center=self(region.center))
-        of_outputs, _ = Identity().minimum(c, jnp.zeros_like(c), weight / self.lipschitz**2, outputs)
+        of_outputs, _ = IdentityActivation().minimum(c, jnp.zeros_like(c), weight / self.lipschitz**2, outputs)
         z = jnp.where(g > 0, upper, jnp.where(g < 0, lower, region.center))
         return of_outputs - jnp.sum(g * z), z
 

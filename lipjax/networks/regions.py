@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,10 +17,10 @@ DOMAINS = ("ball", "pixels")
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Region:
-    """A set of activations of one layer, for one example: the intersection of a box and an l2 ball.
+    """A set of activations at one place of a network: the intersection of a box and an l2 ball.
 
-    An absent part is ``None`` and is not computed: a region without a box is the ball alone (GloRo, LMT), a region
-    without a radius is the box alone (IBP).
+    Of one example; with a leading axis (B,) on every array, of a batch. An absent part is ``None`` and is not computed:
+    a region without a box is the ball alone (GloRo, LMT), a region without a radius is the box alone (IBP).
 
     Attributes:
         lower: element-wise lower bounds, shaped like ``center``, or None.
@@ -40,25 +41,18 @@ class Region:
     domain: str = dataclasses.field(default="ball", metadata={"static": True})
 
     def reshape(self, shape: tuple[int, ...]) -> Region:
-        """The same region with its coordinates arranged in another shape, in C order."""
-        arrays = {name: getattr(self, name) for name in ("lower", "upper", "center", "live")}
-        return dataclasses.replace(
-            self, **{name: None if array is None else array.reshape(shape) for name, array in arrays.items()}
-        )
+        """The same region of one example with its coordinates arranged in another shape, in C order."""
+        return _arranged(self, ("lower", "upper", "center", "live"), shape)
 
     @property
     def box(self) -> tuple[Array, Array]:
         """Lower and upper bounds. Raises ValueError where the region is a ball alone."""
-        if self.lower is None or self.upper is None:
-            raise ValueError("this region has no box: propagate one that was not made with without_box()")
-        return self.lower, self.upper
+        return _both(self.lower, self.upper)
 
     @property
     def ball(self) -> Array:
         """The radius. Raises ValueError where the region is a box alone."""
-        if self.radius is None:
-            raise ValueError("this region has no ball: propagate one that was not made with without_ball()")
-        return self.radius
+        return _present(self.radius)
 
     def without_box(self) -> Region:
         """The ball alone."""
@@ -69,36 +63,84 @@ class Region:
         return dataclasses.replace(self, radius=None)
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Preactivation:
+    """What is known before an activation: a box of all rows, and a ball of those that matter to the activation.
+
+    Of one example; with a leading axis (B,) on every array, of a batch.
+
+    Attributes:
+        lower: element-wise lower bounds, shaped like ``center``, or None.
+        upper: element-wise upper bounds, shaped like ``center``, or None.
+        center: the unperturbed pre-activation.
+        rows: boolean, shaped like ``center``: the rows that matter. All others change no output over the box.
+        radius: scalar: the rows that matter, taken together, are no farther than this from their center; or None.
+        finite: boolean scalar: every bound so far was finite.
+    """
+
+    lower: Array | None
+    upper: Array | None
+    center: Array
+    rows: Array
+    radius: Array | None
+    finite: Array
+
+    def reshape(self, shape: tuple[int, ...]) -> Preactivation:
+        """The same of one example with its coordinates arranged in another shape, in C order."""
+        return _arranged(self, ("lower", "upper", "center", "rows"), shape)
+
+    @property
+    def box(self) -> tuple[Array, Array]:
+        """Lower and upper bounds. Raises ValueError where the pass had no box."""
+        return _both(self.lower, self.upper)
+
+    @property
+    def ball(self) -> Array:
+        """The radius. Raises ValueError where the pass had no ball."""
+        return _present(self.radius)
+
+
 def l2_ball(x: Array, eps: Array | float, domain: str = "ball") -> Region:
-    """The l2 ball of radius ``eps`` around one input, with the smallest box that contains it.
+    """The l2 balls of radius ``eps`` around a batch of inputs, each with the smallest box that contains it.
 
     Args:
-        x: one input, any shape, in [0, 1] pixels.
-        eps: scalar radius, in the same pixel scale.
+        x: inputs (B, ...) in [0, 1] pixels.
+        eps: radius, scalar or one per input (B,), in the same pixel scale.
         domain: ``"ball"``, the full ball, which reaches beyond the pixel range; or ``"pixels"``, what of it lies in
             [0, 1], where what is proven holds for images alone.
 
     Returns:
-        A region in which every coordinate is live.
+        Regions in which every coordinate is live.
 
     Raises:
         TypeError: x is not float32 or float64; any narrower type would round eps and the box inwards.
-        ValueError: eps is not a scalar, or known and negative (a traced negative eps makes the region not finite); an
-            unknown domain, or known inputs outside of the pixel range that it is cut to.
+        ValueError: eps is neither a scalar nor (B,), or known and negative (a traced negative eps makes the region not
+            finite); an unknown domain, or known inputs outside of the pixel range that it is cut to.
     """
     check_pixels(x)
     check_domain(x, domain)
-    if jnp.ndim(eps):
-        raise ValueError(f"eps has shape {jnp.shape(eps)}; expected one radius for the whole batch (vmap over others)")
-    if not isinstance(eps, jax.core.Tracer) and eps < 0:
-        raise ValueError(f"eps is {eps}; expected a radius of at least 0, in [0, 1] pixels")
-    eps = jnp.where(jnp.asarray(eps, x.dtype) < 0, jnp.nan, jnp.asarray(eps, x.dtype))
-    lower, upper = x - eps, x + eps
-    finite = all_finite(lower, upper)
+    check_eps(x, eps)
+    eps = jnp.broadcast_to(jnp.asarray(eps, x.dtype), x.shape[:1])
+    eps = jnp.where(eps < 0, jnp.nan, eps)
+    around = eps.reshape(eps.shape + (1,) * (x.ndim - 1))
+    lower, upper = x - around, x + around
+    axes = tuple(range(1, x.ndim))
+    finite = jnp.all(jnp.isfinite(lower) & jnp.isfinite(upper), axis=axes)
     if domain == "pixels":
         lower, upper = jnp.maximum(lower, 0), jnp.minimum(upper, 1)
-        finite = finite & jnp.all((x >= 0) & (x <= 1))  # a center outside of its box would prove anything
+        finite = finite & jnp.all((x >= 0) & (x <= 1), axis=axes)  # a center outside of its box would prove anything
     return Region(lower, upper, x, eps, jnp.ones(x.shape, bool), finite, domain)
+
+
+def check_eps(x: Array, eps: Array | float) -> None:
+    """Raises ValueError unless eps is one radius, or one per input of a batch x (B, ...), and at least 0 if known."""
+    if jnp.shape(eps) not in ((), jnp.shape(x)[:1]):
+        raise ValueError(f"eps has shape {jnp.shape(eps)}; expected one radius, or one per input {jnp.shape(x)[:1]}")
+    if not isinstance(eps, jax.core.Tracer):
+        wrong = np.extract(~(np.asarray(eps) >= 0), eps)
+        if wrong.size:
+            raise ValueError(f"eps is {wrong[0]}; expected a finite radius of at least 0, in [0, 1] pixels")
 
 
 def check_domain(x: Array, domain: str) -> None:
@@ -128,3 +170,21 @@ def all_finite(*arrays: Array | None) -> Array:
         if array is not None:
             finite = finite & jnp.all(jnp.isfinite(array))
     return finite
+
+
+def _arranged(region: Any, names: tuple[str, ...], shape: tuple[int, ...]) -> Any:
+    arrays = {name: getattr(region, name) for name in names}
+    changed = {name: None if array is None else array.reshape(shape) for name, array in arrays.items()}
+    return dataclasses.replace(region, **changed)
+
+
+def _both(lower: Array | None, upper: Array | None) -> tuple[Array, Array]:
+    if lower is None or upper is None:
+        raise ValueError("this region has no box: propagate one that was not made with without_box()")
+    return lower, upper
+
+
+def _present(radius: Array | None) -> Array:
+    if radius is None:
+        raise ValueError("this region has no ball: propagate one that was not made with without_ball()")
+    return radius

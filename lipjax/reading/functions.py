@@ -41,7 +41,7 @@ class Pool:
     padding: Padding
 
 
-Operation = Reshape | Rescale | Pool
+Step = Reshape | Rescale | Pool
 BATCHES = (1, 2, 7, 1024)
 
 
@@ -49,7 +49,7 @@ class UnknownError(Exception):
     """A function does something that is not known here."""
 
 
-def read(function: Callable[[Array], Array], shape: Shape) -> list[Operation] | None:
+def read(function: Callable[[Array], Array], shape: Shape) -> list[Step] | None:
     """What a function of a batch does to each example, or None where that is not known.
 
     The function is traced with batches of several sizes; one that mixes examples, treats them differently, or
@@ -71,7 +71,7 @@ def read(function: Callable[[Array], Array], shape: Shape) -> list[Operation] | 
     return one if same else None
 
 
-def _same(a: Operation, b: Operation) -> bool:
+def _same(a: Step, b: Step) -> bool:
     if isinstance(a, Rescale) and isinstance(b, Rescale):
         return _equal(a.scale, b.scale) and _equal(a.shift, b.shift)
     return a == b
@@ -84,12 +84,12 @@ def _equal(a: Array, b: Array) -> bool:
     return np.array_equal(a, b)
 
 
-def _read_jaxpr(jaxpr: Any, consts: list, batch: int) -> list[Operation]:
-    """The operations along the one variable that depends on the input; everything else is computed right away."""
+def _read_jaxpr(jaxpr: Any, consts: list, batch: int) -> list[Step]:
+    """The steps along the one variable that depends on the input; everything else is computed right away."""
     if len(jaxpr.invars) != 1 or len(jaxpr.outvars) != 1:
         raise UnknownError
     values = dict(zip(jaxpr.constvars, consts, strict=True))
-    current, operations = jaxpr.invars[0], []
+    current, steps = jaxpr.invars[0], []
 
     def value(variable: Any) -> Any:
         return variable.val if hasattr(variable, "val") else values[variable]
@@ -104,13 +104,13 @@ def _read_jaxpr(jaxpr: Any, consts: list, batch: int) -> list[Operation]:
             raise UnknownError
         known = [None if mine else value(v) for mine, v in zip(depends, equation.invars, strict=True)]
         new = _operation(equation, known, current.aval.shape, equation.outvars[0].aval, batch)
-        if operations and new and isinstance(operations[-1], Reshape) and isinstance(new[0], Reshape):
-            operations.pop()
-        operations += new
+        if steps and new and isinstance(steps[-1], Reshape) and isinstance(new[0], Reshape):
+            steps.pop()
+        steps += new
         current = equation.outvars[0]
     if jaxpr.outvars[0] is not current or current.aval.shape[:1] != (batch,):
         raise UnknownError
-    return operations
+    return steps
 
 
 def _compute(equation: Any, values: list) -> list:
@@ -120,7 +120,7 @@ def _compute(equation: Any, values: list) -> list:
     return results if equation.primitive.multiple_results else [results]
 
 
-def _operation(equation: Any, known: list, shape: Shape, out: Any, batch: int) -> list[Operation]:
+def _operation(equation: Any, known: list, shape: Shape, out: Any, batch: int) -> list[Step]:
     name, params = equation.primitive.name, equation.params
     if name in ("jit", "pjit") and len(known) == 1:
         inner = params["jaxpr"]

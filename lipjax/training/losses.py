@@ -8,8 +8,8 @@ import optax
 from jax import Array
 
 from lipjax.floating_point import highest
-from lipjax.networks.activations import Activation, ClippedMaxMin, ClippedReLU, MaxMin, ReLU
-from lipjax.networks.regions import Region
+from lipjax.networks.activations import Activation
+from lipjax.networks.regions import Preactivation
 
 
 def cross_entropy(logits: Array, label: Array) -> Array:
@@ -81,30 +81,15 @@ def trades(clean: Array, attacked: Array, label: Array, beta: float) -> Array:
     return cross_entropy(clean, label) + beta * divergence(clean, attacked)
 
 
-def sparsity(activation: Activation, preactivation: Region, weight_theta: Array | float) -> Array:
-    """How far the outputs of one layer are from being constant on the region, on average ([H21] Eq 12 and 26).
-
-    - ReLU: ``max(0, upper)``;
-    - clipped ReLU: ``max(0, upper) + weight_theta max(0, theta - lower)``;
-    - clipped MaxMin: ``weight_theta max(0, upper_clip - lower)`` of the maxima, ``max(0, upper - lower_clip)`` of the
-      minima, by the box between MaxMin and its clips;
-    - others have no way to be constant: 0.
+def sparsity(activation: Activation, before: Preactivation, weight_theta: Array | float) -> Array:
+    """How far the outputs of an activation are from being constant on the region, on average ([H21] Eq 12 and 26).
 
     Args:
-        activation: of the layer.
-        preactivation: the region before it, with its box.
+        activation: with its own :meth:`~lipjax.networks.activations.Activation.sparsity`.
+        before: what is known before it, with a box.
         weight_theta: weight of the terms about upper clips.
 
     Returns:
-        Scalar; sum it over layers.
+        Scalar; sum it over activations.
     """
-    lower, upper = preactivation.box
-    if isinstance(activation, ClippedReLU):
-        return jnp.mean(jnp.maximum(upper, 0) + weight_theta * jnp.maximum(activation.theta - lower, 0))
-    if isinstance(activation, ReLU):
-        return jnp.mean(jnp.maximum(upper, 0))
-    if isinstance(activation, ClippedMaxMin):
-        (lower_max, _), (_, upper_min) = (jnp.split(MaxMin()(bound), 2, axis=-1) for bound in (lower, upper))
-        maxima = weight_theta * jnp.maximum(activation.upper_clip - lower_max, 0)
-        return jnp.mean(jnp.stack([maxima, jnp.maximum(upper_min - activation.lower_clip, 0)]))
-    return jnp.zeros((), lower.dtype)
+    return activation.sparsity(*before.box, weight_theta)

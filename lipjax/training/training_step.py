@@ -12,12 +12,13 @@ import optax
 from flax import nnx
 from jax import Array, lax
 
-from lipjax.bounds import propagation
 from lipjax.bounds.rule import Rule
 from lipjax.networks.layers import Affine
+from lipjax.norms import estimates
 from lipjax.reading.flax import from_flax
 from lipjax.training import augmentation
-from lipjax.training.methods import Method, Metrics
+from lipjax.training.methods import Method
+from lipjax.training.objectives import Metrics
 
 AXIS = "devices"
 
@@ -102,7 +103,7 @@ def train_step(
     stored = tuple(_gather(vectors, batch.index) for vectors in state.vectors)
     key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
     if method.crop_padding:
-        # The stored vectors are left as they are: moving them with the image gains nothing (benchmarks/frames.py).
+        # The stored vectors are left as they are: moving them with the image gains nothing (docs/theory.md).
         own_key = jax.random.fold_in(jax.random.fold_in(key, 0), lax.axis_index(AXIS))
         x = augmentation.crops_and_flips(own_key, x, method.crop_padding)
     share = batch.weight / lax.psum(jnp.sum(batch.weight), AXIS)
@@ -173,7 +174,7 @@ def initial_vectors(layers: tuple[Affine, ...], key: Array, num_iters: int = 100
     It is the first start of every example too: most of the neurons of a fresh network are live.
     """
 
-    return _stored(propagation.layer_norms(layers, propagation.RandomStarted(key, num_iters))[1])
+    return _stored(estimates.whole_norms(layers, estimates.RandomStarted(key, num_iters))[1])
 
 
 def _average(metrics: Metrics, share: Array) -> Metrics:

@@ -1,0 +1,69 @@
+"""Arithmetics: which computations a region holds, the only difference between an estimate and a proof.
+
+In exact arithmetic nothing is rounded. A proof is about a network in float32, and is itself computed in float64: what
+both may round widens each box and is added to each radius; see :mod:`lipjax.bounds.rounding`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax.numpy as jnp
+from jax import Array
+
+from lipjax.bounds import rounding
+from lipjax.networks.layers import Affine
+from lipjax.networks.regions import Preactivation, Region
+
+
+@dataclasses.dataclass(frozen=True)
+class Arithmetic:
+    """Exact arithmetic. Every method sees one example."""
+
+    def outputs(self, layer: Affine, before: Preactivation, entering: Region) -> tuple[Preactivation, Array]:
+        """The box behind a layer, and how far each entry may be off ``W a + b`` of the same input a."""
+        return before, jnp.zeros_like(before.center)
+
+    def ball(self, layer: Affine, entering: Region, rows: Array, radius: Array) -> Array:
+        """The radius over some rows, from that of exact arithmetic."""
+        return radius
+
+    def moved(self, region: Region) -> Region:
+        """A region whose radius was computed from others."""
+        return region
+
+    def sum(self, joined: Region, first: Region, second: Region) -> tuple[Region, Array]:
+        """The region of a sum, and how far each entry may be off it."""
+        return joined, jnp.zeros_like(joined.center)
+
+    def logits(self, head: Affine, features: Region) -> tuple[Region, Array]:
+        """The region of the features, and how far each logit may be off (classes,)."""
+        return features, jnp.zeros(head.out_shape, features.center.dtype).ravel()
+
+
+@dataclasses.dataclass(frozen=True)
+class Float32Inference(Arithmetic):
+    """A float32 network, bounded in float64, and exact arithmetic with it."""
+
+    def outputs(self, layer: Affine, before: Preactivation, entering: Region) -> tuple[Preactivation, Array]:
+        widened = rounding.widen(before, layer, entering)
+        fits = rounding.without_overflow(widened, rounding.magnitude(layer, entering))
+        return fits, rounding.output_errors(layer, entering) + rounding.adjoint_errors(layer, entering)
+
+    def ball(self, layer: Affine, entering: Region, rows: Array, radius: Array) -> Array:
+        return rounding.UP * (radius + rounding.error_norm(layer, entering, rows))
+
+    def moved(self, region: Region) -> Region:
+        return dataclasses.replace(region, radius=rounding.UP * region.ball)
+
+    def sum(self, joined: Region, first: Region, second: Region) -> tuple[Region, Array]:
+        slack = rounding.sum_errors(joined, first, second)
+        widened = rounding.widen_sum(joined, slack)
+        return rounding.without_overflow(widened, jnp.abs(jnp.stack(widened.box))), slack
+
+    def logits(self, head: Affine, features: Region) -> tuple[Region, Array]:
+        fits = rounding.without_overflow(features, rounding.magnitude(head, features))
+        return fits, rounding.logit_errors(head, features).ravel()
+
+
+EXACT, FLOAT32 = Arithmetic(), Float32Inference()

@@ -1,0 +1,208 @@
+"""Values: what a model computes at one place, in terms of the nodes of a graph; affine parts are folded as they come.
+
+A value is a sum of terms, each an affine function of one node: the input, or what an activation gave. It becomes nodes
+of its own only where something that is not affine takes it. So shifts, scales, convolutions and normalisations, in any
+order, end in one affine layer, and so do linear branches: ``x + W x`` is the layer ``I + W``.
+
+Zero padding adds zeros AFTER a shift, so the shift of an input to a padded convolution becomes a bias that is different
+at the borders.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import jax.numpy as jnp
+from jax import Array
+
+from lipjax.networks import folding
+from lipjax.networks.activations import Activation
+from lipjax.networks.graph import Concatenation, Graph, Network, Sum
+from lipjax.networks.layers import Affine, Dense, Scale, Shape, dense
+from lipjax.networks.pooling import MaxPoolActivation
+
+
+@dataclasses.dataclass(frozen=True)
+class Term:
+    """A layer without its bias on the value of a node; or, where there is none, a scale; or the value itself.
+
+    Attributes:
+        node: of the graph.
+        layer: or None.
+        scale: broadcasts to the value, or None.
+    """
+
+    node: int
+    layer: Affine | None = None
+    scale: Array | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Value:
+    """What a model computes at one place, for one example.
+
+    Attributes:
+        graph: that it is a part of.
+        shape: of it.
+        terms: that it is the sum of, one per node.
+        shift: that is added, broadcasts to the shape, or None.
+    """
+
+    graph: Graph
+    shape: Shape
+    terms: tuple[Term, ...]
+    shift: Array | None = None
+
+    @classmethod
+    def of_input(cls, shape: Shape) -> Value:
+        """The input of a new graph."""
+        graph = Graph(tuple(shape))
+        return cls(graph, tuple(shape), (Term(graph.input),))
+
+    def affine(self, layer: Affine) -> Value:
+        """``W a + b`` of this value, raveled in C order to what the layer takes.
+
+        Raises:
+            ValueError: it does not fit.
+        """
+        if math.prod(layer.in_shape) != math.prod(self.shape):
+            raise ValueError(f"{type(layer).__name__} takes {layer.in_shape}, but its input has shape {self.shape}")
+        if len(self.terms) != 1 or self.terms[0].layer is not None:
+            return self.settled().affine(layer)
+        term, shift = self.terms[0], layer.shift
+        if self.shift is not None:
+            shift = shift + layer.linear(jnp.broadcast_to(self.shift, self.shape).reshape(layer.in_shape))
+        if term.scale is not None:
+            layer = folding.rescaled(layer, before=_arranged(term.scale, self.shape, layer.in_shape))
+        return Value(self.graph, layer.out_shape, (Term(term.node, layer),), shift)
+
+    def rescaled(self, scale: Array, shift: Array | None = None) -> Value:
+        """``scale * a + shift`` entry by entry, for arrays that broadcast to this value."""
+        scale = self._aligned(scale)
+        terms = []
+        for term in self.terms:
+            if term.layer is None:
+                terms.append(Term(term.node, scale=scale if term.scale is None else term.scale * scale))
+            else:
+                after = _arranged(scale, self.shape, term.layer.out_shape)
+                terms.append(Term(term.node, folding.rescaled(term.layer, after=after)))
+        before = None if self.shift is None else self.shift * scale
+        return self._with(tuple(terms), before).shifted(shift)
+
+    def shifted(self, shift: Array | None) -> Value:
+        """``a + shift`` for an array that broadcasts to this value."""
+        if shift is None:
+            return self
+        shift = self._aligned(shift)
+        return self._with(self.terms, shift if self.shift is None else self.shift + shift)
+
+    def reshaped(self, shape: Shape) -> Value:
+        """The same in another shape, in C order."""
+        terms = tuple(
+            term if term.scale is None else Term(term.node, scale=_arranged(term.scale, self.shape, shape))
+            for term in self.terms
+        )
+        shift = None if self.shift is None else _arranged(self.shift, self.shape, shape)
+        return Value(self.graph, tuple(shape), terms, shift)
+
+    def activation(self, activation: Activation) -> Value:
+        """What an activation gives for this value."""
+        return self._node(self.graph.add(activation, self.settled().terms[0].node, arranged=(self.shape,)))
+
+    def max_pooled(self, window: tuple, stride: tuple, padding: tuple) -> Value:
+        """Maximum over windows of an image."""
+        return self.activation(MaxPoolActivation(self.shape, window, stride, padding))
+
+    def __add__(self, other: Value) -> Value:
+        """The sum with another value of the same graph and shape."""
+        if other.shape != self.shape:
+            raise ValueError(f"a sum of values of shapes {self.shape} and {other.shape}: expected the same")
+        terms = {term.node: term for term in self.terms}
+        for term in other.terms:
+            terms[term.node] = self._added(terms[term.node], term) if term.node in terms else term
+        return self._with(tuple(terms.values()), self.shift).shifted(other.shift)
+
+    def concatenated(self, *others: Value, axis: int = -1) -> Value:
+        """This value and others side by side."""
+        settled = [value.settled() for value in (self, *others)]
+        places = (value.terms[0].node for value in settled)
+        return self._node(self.graph.add(Concatenation(axis), *places, arranged=[value.shape for value in settled]))
+
+    def settled(self) -> Value:
+        """The same as one node."""
+        (first, *rest), shift = self.terms, self.shift
+        if not rest and shift is None and first.layer is None and first.scale is None:
+            return self
+        # The shift goes into a layer where there is one.
+        order = sorted(self.terms, key=lambda term: (term.layer is None, term.scale is None))
+        places = []
+        for term in order:
+            if term.layer is None and term.scale is None and shift is None:
+                places.append(term.node)
+            else:
+                layer = self._layer(term) if term.layer is None else term.layer
+                places.append(self.graph.add(layer.biased(self._bias(layer, shift)), term.node))
+            shift = None
+        total = places[0]
+        for place in places[1:]:
+            total = self.graph.add(Sum(), total, place, arranged=(self.shape, self.shape))
+        return Value(self.graph, self.shape, (Term(total),))
+
+    def network(self) -> Network:
+        """The network that ends here.
+
+        Raises:
+            TypeError: the last thing is not affine, with one output per class.
+        """
+        first, *rest = self.terms
+        if len(self.shape) != 1 or (first.layer is None and not rest):
+            raise TypeError("the last layer of the model must be a dense one, nnx.Linear: it gives the logits")
+        if rest or first.layer is None:
+            last, (classes,) = self.settled().terms[0].node, self.shape
+            return self.graph.network(dense(jnp.eye(classes), jnp.zeros(classes), self.shape), last)
+        return self.graph.network(first.layer.biased(self._bias(first.layer, self.shift)), first.node)
+
+    def _with(self, terms: tuple[Term, ...], shift: Array | None) -> Value:
+        return Value(self.graph, self.shape, terms, shift)
+
+    def _node(self, place: int) -> Value:
+        return Value(self.graph, self.graph.shape(place), (Term(place),))
+
+    def _aligned(self, array: Array) -> Array:
+        """With one axis for each of the value."""
+        array = jnp.asarray(array)
+        return array.reshape((1,) * (len(self.shape) - array.ndim) + array.shape)
+
+    def _layer(self, term: Term) -> Affine:
+        """A term without a layer as one."""
+        scale = jnp.ones(()) if term.scale is None else term.scale
+        kernel = jnp.broadcast_to(scale, self.shape)
+        return Scale(kernel=kernel, bias=jnp.zeros_like(kernel), in_shape=self.shape, out_shape=self.shape)
+
+    def _bias(self, layer: Affine, shift: Array | None) -> Array:
+        """A shift of this value as the bias of a layer that gives it: per channel where that is enough."""
+        if shift is None:
+            return jnp.zeros(layer.out_shape[-1:], layer.dtype)
+        if layer.out_shape == self.shape and math.prod(shift.shape[:-1]) == 1:
+            return jnp.broadcast_to(shift.reshape(-1), self.shape[-1:])
+        return jnp.broadcast_to(shift, self.shape).reshape(layer.out_shape)
+
+    def _added(self, first: Term, second: Term) -> Term:
+        """The sum of two terms of the same node."""
+        if first.layer is None and second.layer is None:
+            ones = (jnp.ones(()) if term.scale is None else term.scale for term in (first, second))
+            return Term(first.node, scale=self._aligned(sum(ones)))
+        if first.layer is None or (second.layer is not None and isinstance(second.layer, Dense)):
+            first, second = second, first
+        layer, other = first.layer, second.layer
+        assert layer is not None
+        if other is None:
+            scale = None if second.scale is None else _arranged(second.scale, self.shape, layer.in_shape)
+            other = folding.diagonal(scale, layer)
+        return Term(first.node, folding.added(layer, other))
+
+
+def _arranged(array: Array, shape: Shape, new: Shape) -> Array:
+    """An array that broadcasts to one shape, for another one in C order."""
+    return array if tuple(shape) == tuple(new) else jnp.broadcast_to(array, shape).reshape(new)

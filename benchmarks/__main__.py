@@ -190,7 +190,7 @@ def _stepping(
 
 def _method(num_iters: int, margin: methods.Margins) -> methods.Method:
     rate, norms = optax.constant_schedule(1e-3), objectives.Iterations(num_iters)
-    objective = methods.Bounded(norms, local=True, box=True, ball=True, margins=margin, loss=losses.gloro)
+    objective = methods.Bounded(norms, local=True, box=True, ball=True, margins=margin, loss=losses.gloro_of)
     return methods.Method(
         objective=objective,
         validation=objective,

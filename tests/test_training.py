@@ -44,7 +44,7 @@ LOCAL_GLORO = methods.Bounded(
     box=True,
     ball=True,
     margins=methods.forward(margins.pairwise_lipschitz),
-    loss=losses.gloro,
+    loss=losses.gloro_of,
 )
 
 

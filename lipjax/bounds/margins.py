@@ -137,16 +137,22 @@ def worst_logits(logits: Array, margins: Array, label: Array) -> Array:
     """The logits with every rival raised to its worst case: logits[y] - margins[j]; the label's own is unchanged.
 
     Args:
-        logits: (classes,).
-        margins: worst-case margins (classes,).
-        label: integer scalar.
+        logits: (..., classes).
+        margins: worst-case margins (..., classes).
+        label: integers (...).
     """
-    return logits[label] - margins
+    return jnp.take_along_axis(logits, jnp.asarray(label)[..., None], axis=-1) - margins
 
 
 def worst_margin(margins: Array, label: Array) -> Array:
-    """The least margin over the rivals of the label, scalar."""
-    return -highest(jnp.where(jnp.arange(margins.shape[0]) == label, -jnp.inf, -margins))
+    """The least margin over the rivals of the label: from (..., classes) to (...)."""
+    return -highest(jnp.where(own_class(margins, label), -jnp.inf, -margins), axis=-1)
+
+
+def own_class(logits: Array, label: Array) -> Array:
+    """Boolean (..., classes): which class is the label, for logits or margins (..., classes) and labels (...)."""
+    classes = jnp.arange(logits.shape[-1]).reshape((1,) * (logits.ndim - 1) + (-1,))
+    return classes == jnp.asarray(label)[..., None]
 
 
 def pairs(head: Affine, features: Array, label: Array) -> tuple[Array, Array]:

@@ -17,6 +17,7 @@ import zlib
 import numpy as np
 
 from lipjax.errors import InputError
+from lipjax.experiments import references
 
 # Shape of an image and number of classes. A data set of tensorflow-datasets is one line here.
 SPECS: dict[str, tuple[tuple[int, int, int], int]] = {
@@ -57,6 +58,19 @@ class Dataset:
         return dataclasses.replace(self, images=self.images[index], labels=self.labels[index])
 
 
+def is_own(name: str) -> bool:
+    """Whether a name is that of a data set of the user: ``package.module:load``, or an ``.npz`` file."""
+    return references.is_reference(name) or name.endswith(".npz")
+
+
+def spec(name: str) -> tuple[tuple[int, ...], int]:
+    """Shape of an image and number of classes of a data set."""
+    if not is_own(name):
+        return SPECS[name]
+    train = load(name, "train")
+    return train.images.shape[1:], train.num_classes
+
+
 def from_file(path: pathlib.Path, name: str) -> Dataset:
     """A user's own images, for a model of a known data set.
 
@@ -67,28 +81,36 @@ def from_file(path: pathlib.Path, name: str) -> Dataset:
     Raises:
         InputError: what is wrong with the file, and what is expected.
     """
-    shape, classes = SPECS[name]
+    shape, classes = spec(name)
+    arrays = _arrays(path, ("images", "labels"), f"--data={path}")
+    return _checked(arrays["images"], arrays["labels"], shape, classes, f"--data={path}", name)
+
+
+def _arrays(path: pathlib.Path, names: tuple[str, ...], what: str) -> dict[str, np.ndarray]:
     try:
         with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
-            arrays = {key: file[key] for key in ("images", "labels")}
+            return {key: file[key] for key in names}
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         reason = "it is no .npz" if isinstance(error, ValueError) else error  # NumPy would advise to unpickle it
-        raise InputError(f"--data={path} cannot be read: {reason}; give an .npz with images and labels") from None
-    images, labels = arrays["images"], arrays["labels"]
+        raise InputError(f"{what} cannot be read: {reason}; give an .npz with {' and '.join(names)}") from None
+
+
+def _checked(
+    images: np.ndarray, labels: np.ndarray, shape: tuple[int, ...], classes: int, what: str, name: str
+) -> Dataset:
+    """Images and labels as a data set; InputError unless they are images of this shape in [0, 1] and classes."""
     if images.ndim != 4 or images.shape[1:] != shape or not len(images):
         wanted = f"at least one image of shape {shape}"
-        raise InputError(f"--data={path}: images have shape {images.shape}; the model of {name} takes {wanted}")
+        raise InputError(f"{what}: images have shape {images.shape}; the model of {name} takes {wanted}")
     if labels.shape != images.shape[:1] or not np.issubdtype(labels.dtype, np.integer):
-        raise InputError(f"--data={path}: labels are {labels.dtype} {labels.shape}; expected {len(images)} integers")
+        raise InputError(f"{what}: labels are {labels.dtype} {labels.shape}; expected {len(images)} integers")
     if labels.min() < 0 or labels.max() >= classes:
-        raise InputError(
-            f"--data={path}: labels reach from {labels.min()} to {labels.max()}; expected 0 to {classes - 1}"
-        )
+        raise InputError(f"{what}: labels reach from {labels.min()} to {labels.max()}; expected 0 to {classes - 1}")
     if images.dtype == np.uint8:
         return Dataset(images, labels.astype(np.int32), 255, classes)
     if not np.issubdtype(images.dtype, np.floating) or not (images.min() >= 0 and images.max() <= 1):
         raise InputError(
-            f"--data={path}: images are {images.dtype} from {images.min()} to {images.max()}; expected uint8, or "
+            f"{what}: images are {images.dtype} from {images.min()} to {images.max()}; expected uint8, or "
             "floating-point pixels in [0, 1]"
         )
     return Dataset(images.astype(np.float32), labels.astype(np.int32), 1, classes)
@@ -102,7 +124,9 @@ def load(name: str, split: str, data_dir: str | None = None, cache_dir: str | No
     no prepared folder.
 
     Args:
-        name: one of :data:`NAMES`.
+        name: one of :data:`NAMES`; or of the user: ``package.module:load``, called with the split for images and
+            labels, or an ``.npz`` file with ``train_images``, ``train_labels``, ``test_images`` and ``test_labels``, as
+            :func:`from_file` takes them.
         split: ``"train"`` or ``"test"``.
         data_dir: folder of prepared tensorflow-datasets; default ``TFDS_DATA_DIR``, then ``~/tensorflow_datasets``.
         cache_dir: folder of decoded arrays; default ``LIPJAX_CACHE``, then ``~/.cache/lipjax``.
@@ -110,6 +134,8 @@ def load(name: str, split: str, data_dir: str | None = None, cache_dir: str | No
     Raises:
         InputError: an unknown name or split, or a data set that is nowhere, with what to install or set.
     """
+    if is_own(name) and split in ("train", "test"):
+        return _own(name, split)
     if name not in NAMES:
         raise InputError(f"unknown data set {name!r} in config.data.name; known are {', '.join(NAMES)}")
     if split not in ("train", "test"):
@@ -135,6 +161,22 @@ def train_and_validation(train: Dataset, validation: int, seed: int) -> tuple[Da
     order = np.random.default_rng(seed).permutation(len(train))
     held_out, kept = np.sort(order[:validation]), np.sort(order[validation:])
     return train.take(kept), train.take(held_out)
+
+
+def _own(name: str, split: str) -> Dataset:
+    """A data set of the user."""
+    splits = ("train", "test")
+    if references.is_reference(name):
+        load_split = references.find(name, "data.name")
+        found = {each: load_split(each) for each in splits}
+    else:
+        keys = tuple(f"{each}_{part}" for each in splits for part in ("images", "labels"))
+        arrays = _arrays(pathlib.Path(name).expanduser(), keys, f"--config.data.name={name}")
+        found = {each: (arrays[f"{each}_images"], arrays[f"{each}_labels"]) for each in splits}
+    images, labels = map(np.asarray, found[split])
+    classes = 1 + max(int(np.max(labels, initial=0)) for _, labels in found.values())
+    shape = np.shape(found["train"][0])[1:]
+    return _checked(images, labels, shape, classes, f"--config.data.name={name} ({split})", name)
 
 
 def _digits(split: str) -> Dataset:

@@ -11,7 +11,7 @@ from flax import nnx
 from lipjax.bounds import margins
 from lipjax.bounds.rule import Rule
 from lipjax.errors import InputError
-from lipjax.experiments import architectures, data, settings
+from lipjax.experiments import architectures, data, references, settings
 from lipjax.experiments.settings import Config
 from lipjax.reading import flax
 from lipjax.training import losses, methods, objectives, schedules, training_step, unbounded
@@ -23,12 +23,19 @@ FORWARD = {
     "box_and_ball": margins.box_and_ball,
     "lipschitz_margin": margins.lipschitz_margin,
 }
-WORST_CASE = {"gloro": losses.gloro, "cross_entropy": lambda logits, worst, label: losses.cross_entropy(worst, label)}
+WORST_CASE = {"gloro": losses.gloro_of, "cross_entropy": losses.worst_cross_entropy}
 UNBOUNDED = {"clean": unbounded.Standard, "adversarial": unbounded.Adversarial, "trades": unbounded.Trades}
 
 
 def model_of(config: Config, dataset: data.Dataset) -> nnx.Sequential:
-    """The Flax model of a config, freshly initialised from its seed."""
+    """The Flax model of a config, freshly initialised from its seed.
+
+    An architecture of the user's own, ``package.module:name``, is called with the shape of an input, the number of
+    classes and ``rngs``.
+    """
+    if references.is_reference(config.model.architecture):
+        make = references.find(config.model.architecture, "model.architecture")
+        return make(dataset.images.shape[1:], dataset.num_classes, rngs=nnx.Rngs(config.seed))
     try:
         return architectures.classifier(
             config.model.architecture,
@@ -85,7 +92,7 @@ def objective_of(config: Config) -> objectives.Objective:
         ball=method.norms != "none",
         margins=margins_of(config),
         head_norm=method.margins == "lipschitz_margin",
-        loss=WORST_CASE[method.loss],
+        loss=WORST_CASE.get(method.loss) or references.find(method.loss, "method.loss"),
         sparsity=config.sparsity.weight,
         sparsity_theta=config.sparsity.weight_theta,
     )

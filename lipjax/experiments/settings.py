@@ -11,7 +11,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from lipjax.errors import InputError
-from lipjax.experiments import architectures, data
+from lipjax.experiments import architectures, data, references
 
 Config = Any  # an ml_collections.ConfigDict, whose entries are known at run time only
 NORMS = ("local", "global", "none")
@@ -82,12 +82,13 @@ def save(config: Config, workdir: pathlib.Path) -> None:
 def check(config: Config) -> None:
     """Raises InputError, in one line, for the first value that cannot be used."""
     schedule = config.schedule
-    _one_of("data.name", config.data.name, data.NAMES)
-    _one_of("model.architecture", config.model.architecture, sorted(architectures.ARCHITECTURES))
+    if not data.is_own(config.data.name):
+        _one_of("data.name", config.data.name, data.NAMES)
+    _known_or_found("model.architecture", config.model.architecture, sorted(architectures.ARCHITECTURES))
     _one_of("model.activation", config.model.activation, architectures.ACTIVATIONS)
     _one_of("method.norms", config.method.norms, NORMS)
     _one_of("method.margins", config.method.margins, MARGINS)
-    _one_of("method.loss", config.method.loss, LOSSES)
+    _known_or_found("method.loss", config.method.loss, LOSSES)
     _check_method(config.method)
     _check_sparsity(config)
     _one_of("power_iteration.start", config.power_iteration.start, STARTS)
@@ -141,7 +142,7 @@ def check_same(config: Config, before: Config) -> None:
 
 def _check_method(method: Config) -> None:
     """Raises InputError for parts of a method that do not go together."""
-    bounded = method.loss in WORST_CASE_LOSSES
+    bounded = method.loss in WORST_CASE_LOSSES or references.is_reference(method.loss)
     wrong = ""
     if bounded and method.margins == "none":
         wrong = "needs margins: box_and_ball, say"
@@ -165,6 +166,8 @@ def _check_sparsity(config: Config) -> None:
 
 def _check_layers(config: Config) -> None:
     """Raises InputError for entries about layers that the architecture does not have."""
+    if references.is_reference(config.model.architecture):
+        return  # its layers are known when it is made
     hidden = len(architectures.ARCHITECTURES[config.model.architecture])
     for key in ("upper_clip", "lower_clip"):
         clips = config.model[key]
@@ -199,6 +202,16 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def _one_of(key: str, value: str, known: Any) -> None:
     if value not in known:
         raise InputError(f"--config.{key}={value!r} is unknown; use one of {', '.join(known)}")
+
+
+def _known_or_found(key: str, value: str, known: Any) -> None:
+    """Raises InputError unless it is one of those known, or a reference to what is there."""
+    if references.is_reference(value):
+        references.find(value, key)
+    elif value not in known:
+        raise InputError(
+            f"--config.{key}={value!r} is unknown; use one of {', '.join(known)}, or package.module:name of your own"
+        )
 
 
 def _within(key: str, value: float, least: float, most: float, open_below: bool = False) -> None:

@@ -2,14 +2,55 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
 
+from lipjax.bounds.margins import own_class, worst_logits
 from lipjax.floating_point import highest
 from lipjax.networks.activations import Activation
+from lipjax.networks.layers import Affine
 from lipjax.networks.regions import Preactivation
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What a pass of a batch came to: what a worst-case loss is a function of.
+
+    Attributes:
+        logits: clean (B, classes).
+        margins: lower bounds of the margins over the region (B, classes), infinite for classes that were not asked.
+        lipschitz: constant of the feature map over the region (B,).
+        eps: radius, scalar or (B,).
+        label: integers (B,).
+        head: the last layer.
+    """
+
+    logits: Array
+    margins: Array
+    lipschitz: Array
+    eps: Array | float
+    label: Array
+    head: Affine
+
+    @property
+    def worst_logits(self) -> Array:
+        """Logits (B, classes) with every rival raised to its worst case."""
+        return worst_logits(self.logits, self.margins, self.label)
+
+
+def gloro_of(outcome: Outcome) -> Array:
+    """:func:`gloro` of an outcome (B,)."""
+    return gloro(outcome.logits, outcome.worst_logits, outcome.label)
+
+
+def worst_cross_entropy(outcome: Outcome) -> Array:
+    """:func:`cross_entropy` of the worst logits (B,)."""
+    return cross_entropy(outcome.worst_logits, outcome.label)
 
 
 def cross_entropy(logits: Array, label: Array) -> Array:
@@ -29,20 +70,19 @@ def gloro(logits: Array, worst: Array, label: Array) -> Array:
     """Cross entropy of the clean logits with one more class, "not certifiable": the largest worst logit of a rival.
 
     Args:
-        logits: clean logits (classes,) of one example.
-        worst: worst logits (classes,), see :func:`lipjax.bounds.margins.worst_logits`.
-        label: integer scalar.
+        logits: clean logits (..., classes).
+        worst: worst logits (..., classes), see :func:`lipjax.worst_logits`.
+        label: integers (...).
 
     Returns:
-        Scalar. Below log 2 only where the example is certified.
+        Shape (...). Below log 2 only where the example is certified.
 
     Reference:
         [H21] section 4 (Local-Lip-G). [GloRo] section 3 takes the rivals of the predicted class where this takes those
         of the label, as the worst logits of [H21] do; the two are the same wherever the prediction is right.
     """
-    rivals = jnp.arange(logits.shape[0]) != label
-    bottom = highest(jnp.where(rivals, worst, -jnp.inf))
-    return cross_entropy(jnp.append(logits, bottom), label)
+    bottom = highest(jnp.where(own_class(worst, label), -jnp.inf, worst), axis=-1)
+    return cross_entropy(jnp.concatenate([logits, bottom[..., None]], axis=-1), label)
 
 
 def mixed(clean: Array, worst: Array, kappa: Array | float) -> Array:

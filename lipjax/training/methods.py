@@ -23,7 +23,7 @@ from lipjax.networks.layers import Affine
 from lipjax.networks.regions import l2_ball
 from lipjax.norms import estimates
 from lipjax.training import losses
-from lipjax.training.objectives import Iterations, Metrics, Objective, Vectors, whole_norms
+from lipjax.training.objectives import Iterations, Objective, Vectors, whole_norms
 
 
 class Margins(Protocol):
@@ -78,7 +78,7 @@ class Bounded:
         ball: the region has a ball.
         margins: gives the worst-case margins; with ``head_norm``, the norm of the last layer comes last.
         head_norm: the margins need the norm of the last layer (LMT).
-        loss: ``(logits, worst_logits, label) -> loss`` of one example.
+        loss: what a pass came to, of a batch, to losses (B,); see :class:`lipjax.training.losses.Outcome`.
         sparsity: weight of the sparsity loss.
         sparsity_theta: weight in it of the term about the clips.
     """
@@ -88,7 +88,7 @@ class Bounded:
     box: bool
     ball: bool
     margins: Margins
-    loss: Callable[[Array, Array, Array], Array]
+    loss: Callable[[losses.Outcome], Array]
     head_norm: bool = False
     sparsity: float = 0.0
     sparsity_theta: float = 1.0
@@ -116,29 +116,30 @@ class Bounded:
             sigma, new = ask(len(handed_back), network.head, every, found.features.live)
             of_head, handed_back = (sigma,), [*handed_back, new]
 
-        def one(bounds: Bounds, label: Array, *of_head: Array) -> tuple[Array, Metrics]:
-            logits = network.head(bounds.features.center).ravel()
+        def one(bounds: Bounds, label: Array, *of_head: Array) -> tuple[Array, Array, Array, Array]:
             worst = self.margins(network, bounds, label, rule, *of_head)
-            clean = losses.cross_entropy(logits, label)
-            worst_case = self.loss(logits, margins.worst_logits(logits, worst, label), label)
-            loss, correct = losses.mixed(clean, worst_case, kappa), jnp.argmax(logits) == label
-            if self.sparsity:
-                pairs = zip(network.activations, bounds.before, strict=True)
-                sparse = [losses.sparsity(activation, before, self.sparsity_theta) for activation, before in pairs]
-                loss = loss + self.sparsity * sum(sparse)
-            metrics = {
-                "clean_loss": clean,
-                "worst_loss": worst_case,
-                "clean_accuracy": correct,
-                "certified_accuracy": correct & (margins.worst_margin(worst, label) > 0),
-                "global_lipschitz": constant,
-                "live": jnp.stack([jnp.mean(live) for live in bounds.live]),
-            }
-            if self.ball:
-                metrics |= {"local_lipschitz": bounds.lipschitz, "sigma": bounds.sigmas}
-            return loss, metrics
+            pairs = zip(network.activations, bounds.before, strict=True) if self.sparsity else ()
+            sparse = [losses.sparsity(activation, before, self.sparsity_theta) for activation, before in pairs]
+            live = jnp.stack([jnp.mean(live) for live in bounds.live])
+            return network.head(bounds.features.center).ravel(), worst, jnp.asarray(sum(sparse), worst.dtype), live
 
-        loss, metrics = jax.vmap(one)(dataclasses.replace(found, handed_back=()), label, *of_head)
+        per_example = jax.vmap(one)(dataclasses.replace(found, handed_back=()), label, *of_head)
+        logits, worst, sparse, live = per_example
+        outcome = losses.Outcome(logits, worst, found.lipschitz, eps, label, network.head)
+        clean, worst_case = losses.cross_entropy(logits, label), self.loss(outcome)
+        loss, correct = losses.mixed(clean, worst_case, kappa), jnp.argmax(logits, axis=1) == label
+        if self.sparsity:
+            loss = loss + self.sparsity * sparse
+        metrics = {
+            "clean_loss": clean,
+            "worst_loss": worst_case,
+            "clean_accuracy": correct,
+            "certified_accuracy": correct & (margins.worst_margin(worst, label) > 0),
+            "global_lipschitz": jnp.broadcast_to(constant, correct.shape),
+            "live": live,
+        }
+        if self.ball:
+            metrics |= {"local_lipschitz": found.lipschitz, "sigma": found.sigmas}
         return loss, metrics, tuple(handed_back[place] for place in self.kept(network)), global_vectors
 
     def ask(

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from lipjax.bounds import rounding
+from lipjax.floating_point import UNIT64
 from lipjax.networks.layers import Affine
 from lipjax.networks.regions import Preactivation, Region
 
@@ -36,6 +37,10 @@ class Arithmetic:
         """The region of a sum, and how far each entry may be off it."""
         return joined, jnp.zeros_like(joined.center)
 
+    def constant(self, value: Array, operations: int) -> Array:
+        """A constant that so many operations have come to."""
+        return value
+
     def logits(self, head: Affine, features: Region) -> tuple[Region, Array]:
         """The region of the features, and how far each logit may be off (classes,)."""
         return features, jnp.zeros(head.out_shape, features.center.dtype).ravel()
@@ -47,7 +52,7 @@ class Float32Inference(Arithmetic):
 
     def outputs(self, layer: Affine, before: Preactivation, entering: Region) -> tuple[Preactivation, Array]:
         widened = rounding.widen(before, layer, entering)
-        fits = rounding.without_overflow(widened, rounding.magnitude(layer, entering))
+        fits = rounding.without_overflow(widened, rounding.partial_sums(layer, entering))
         return fits, rounding.output_errors(layer, entering) + rounding.adjoint_errors(layer, entering)
 
     def ball(self, layer: Affine, entering: Region, rows: Array, radius: Array) -> Array:
@@ -61,8 +66,11 @@ class Float32Inference(Arithmetic):
         widened = rounding.widen_sum(joined, slack)
         return rounding.without_overflow(widened, jnp.abs(jnp.stack(widened.box))), slack
 
+    def constant(self, value: Array, operations: int) -> Array:
+        return value * (1 + 4 * operations * UNIT64)
+
     def logits(self, head: Affine, features: Region) -> tuple[Region, Array]:
-        fits = rounding.without_overflow(features, rounding.magnitude(head, features))
+        fits = rounding.without_overflow(features, rounding.partial_sums(head, features))
         return fits, rounding.logit_errors(head, features).ravel()
 
 

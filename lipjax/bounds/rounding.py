@@ -59,8 +59,17 @@ def widen(before: Preactivation, layer: Affine, entering: Region) -> Preactivati
 
 def magnitude(layer: Affine, entering: Region) -> Array:
     """``|W| A + |b|``: no output of the layer, nor any partial sum of it, is larger over the region."""
-    lower, upper = entering.box
-    return layer.absolute(jnp.maximum(jnp.abs(lower), jnp.abs(upper))) + jnp.abs(layer.shift)
+    return layer.absolute(_largest(entering)) + jnp.abs(layer.shift)
+
+
+def partial_sums(layer: Affine, entering: Region) -> Array:
+    """Nothing that is computed on the way to an output is larger over the region."""
+    return layer.partial(_largest(entering)) + jnp.abs(layer.shift)
+
+
+def _largest(region: Region) -> Array:
+    lower, upper = region.box
+    return jnp.maximum(jnp.abs(lower), jnp.abs(upper))
 
 
 def output_errors(layer: Affine, entering: Region) -> Array:
@@ -112,10 +121,7 @@ def _flushed(layer: Affine, entering: Region) -> Array:
     The constant of a dead neuron may be such a factor too: it is the same in all computations until it is read here.
     Of a product and the addition behind it only one can lose as much: what is added to a flushed product is exact.
     """
-    lower, upper = entering.box
-    largest = jnp.max(jnp.maximum(jnp.abs(lower), jnp.abs(upper)))
-    weights = layer.absolute(jnp.ones(layer.in_shape, layer.dtype))
-    return SMALLEST32 * (weights + layer.terms * (1 + largest) + 1)
+    return SMALLEST32 * layer.flushed(_largest(entering))
 
 
 def _relative(layer: Affine) -> float:
@@ -128,7 +134,7 @@ def without_overflow(region: Known, largest: Array) -> Known:
 
     Args:
         region: what is computed.
-        largest: bounds of all exact partial sums, as of :func:`magnitude`; those of float32 are at most twice as large.
+        largest: bounds of all exact partial sums, as of :func:`partial_sums`; in float32 they are at most twice that.
     """
     fits = jnp.all(largest < LARGEST32)  # false for NaN
     return dataclasses.replace(region, finite=region.finite & fits)

@@ -14,7 +14,7 @@ import numpy as np
 from jax import Array
 
 from lipjax.bounds import propagation, rounding
-from lipjax.bounds.arithmetic import EXACT, FLOAT32
+from lipjax.bounds.arithmetic import EXACT, FLOAT32, Arithmetic
 from lipjax.bounds.dual import forward_margins
 from lipjax.bounds.propagation import Bounds
 from lipjax.certification.certificates import Certificate, certificate
@@ -23,7 +23,7 @@ from lipjax.certification.ledger import Ledger
 from lipjax.certification.masks import Rows
 from lipjax.certification.pairs import Ascent, Starts, proven_margins
 from lipjax.networks.graph import Network, check_network
-from lipjax.networks.layers import Affine
+from lipjax.networks.layers import Affine, Scale
 from lipjax.networks.regions import check_domain, check_eps, l2_ball
 from lipjax.norms import levels, spectral
 
@@ -107,15 +107,17 @@ class Certifier:
         check_start_key(self.key)
         rounding.check_range(network)
         self.ledger = Ledger(planned, getattr(self.level, "delta", math.nan))
+        frozen = network.frozen()  # in the precision of inference
         with self._precision():
-            self.network = network.frozen().astype(self.level.dtype)
+            self.network = frozen.astype(self.level.dtype)
             self.sigmas = self._global_norms()
         check_known_norms(network)
 
     @property
     def global_lipschitz(self) -> float:
         """Product of the norms of the whole layers of the feature map."""
-        return float(self.network.lipschitz(self.sigmas))
+        constant = self.network.lipschitz(self.sigmas)
+        return float(self._arithmetic.constant(constant, len(self.network.nodes) + 1))
 
     def globally(self, x: Array, label: Array, eps: Array | float) -> Found:
         """Certificates of a batch with the norms of the whole layers: no start is drawn, no iteration is made."""
@@ -170,7 +172,7 @@ class Certifier:
         keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.fold_in(self.key, 1 + round_)))(index)
 
         def solve(place: int, layer: Affine, rows: Array, columns: Array) -> levels.Norms:
-            found = levels.by_construction(layer, rows, columns)
+            found = self._by_construction(layer, rows, columns)
             if found is None:
                 found = self.level(place, layer, rows, columns, keys, ceilings[:, place], first)
                 self.ledger.enter(found)
@@ -247,8 +249,7 @@ class Certifier:
             raise ValueError(f"eps is {tiny[0]!s}; expected 0, or at least {LEAST_EPS:g}: smaller radii leave float64")
         inputs = jnp.asarray(np.asarray(x, self.level.dtype))
         region = l2_ball(inputs, np.asarray(eps, self.level.dtype), self.domain)
-        arithmetic = FLOAT32 if self.level.is_bound else EXACT
-        return propagation.propagate(self.network, region, ask, arithmetic, rows=rows)
+        return propagation.propagate(self.network, region, ask, self._arithmetic, rows=rows)
 
     def _check(self, x: Array, label: Array) -> None:
         check_batch(self.network, x)
@@ -263,12 +264,22 @@ class Certifier:
         found = []
         for place, layer in enumerate(self.network.layers):
             masks = jnp.ones((1, *layer.out_shape), bool), jnp.ones((1, *layer.in_shape), bool)
-            norm = levels.by_construction(layer, *masks)
+            norm = self._by_construction(layer, *masks)
             if norm is None:
                 norm = level(place, layer, *masks, jax.random.fold_in(self.key, 0)[None], np.inf)
                 self.ledger.enter(norm)
             found.append(norm.sigma[0])
         return np.asarray(found, np.float64)
+
+    def _by_construction(self, layer: Affine, rows: Array, columns: Array) -> levels.Norms | None:
+        """What a layer knows; in a proof that of a diagonal alone, which is exact."""
+        if self.level.is_bound and type(layer) is not Scale:
+            return None
+        return levels.by_construction(layer, rows, columns)
+
+    @property
+    def _arithmetic(self) -> Arithmetic:
+        return FLOAT32 if self.level.is_bound else EXACT
 
     def _precision(self) -> contextlib.AbstractContextManager:
         if self.level.dtype == np.float64:

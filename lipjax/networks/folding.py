@@ -91,6 +91,17 @@ class Rescaled(Affine):
     def row_norms(self, columns: Array) -> Array:
         return jnp.abs(self.after) * self.inner.row_norms(jnp.abs(self.before) * columns.astype(self.dtype))
 
+    def partial(self, r: Array) -> Array:
+        scaled = jnp.abs(self.before) * r
+        inner = self.inner.partial(scaled)
+        return jnp.maximum(jnp.maximum(self.absolute(r), inner), jnp.max(scaled))
+
+    def flushed(self, r: Array) -> Array:
+        # The scaled inputs and their scales, what the other layer loses, its outputs and their scales.
+        scaled, after = jnp.abs(self.before) * r, jnp.abs(self.after)
+        inputs = after * (self.inner.absolute(1 + r) + self.inner.flushed(scaled))
+        return inputs + self.inner.partial(scaled) + Affine.flushed(self, r)
+
     def frozen(self) -> Affine:
         return dataclasses.replace(self, inner=self.inner.frozen())
 
@@ -98,7 +109,10 @@ class Rescaled(Affine):
 @jax.tree_util.register_dataclass
 @layer
 class Added(Affine):
-    """The sum of the matrices of two layers. Its ``|W|`` and row norms are those of both, added, unless it is small.
+    """The sum of the matrices of two layers.
+
+    Its ``|W|`` is that of both, added: what is rounded is so relative to both, though they may cancel. So are its row
+    norms, unless it is small.
 
     Attributes:
         first: one layer.
@@ -109,7 +123,7 @@ class Added(Affine):
     second: Affine
 
     def linear(self, a: Array) -> Array:
-        return self.first.linear(a) + self.second.linear(a).reshape(self.out_shape)
+        return self.first.linear(a) + self.second.linear(a.reshape(self.second.in_shape)).reshape(self.out_shape)
 
     @property
     def terms(self) -> int:
@@ -124,19 +138,24 @@ class Added(Affine):
         return lambda z: first(z) + second(z.reshape(self.second.out_shape)).reshape(self.in_shape)
 
     def absolute(self, r: Array) -> Array:
-        if self._is_small:
-            return Affine.absolute(self, r)
-        return self.first.absolute(r) + self.second.absolute(r).reshape(self.out_shape)
+        return self.first.absolute(r) + self.second.absolute(r.reshape(self.second.in_shape)).reshape(self.out_shape)
 
     def absolute_adjoint(self, s: Array) -> Array:
-        if self._is_small:
-            return Affine.absolute_adjoint(self, s)
-        return self.first.absolute_adjoint(s) + self.second.absolute_adjoint(s.reshape(self.second.out_shape))
+        of_second = self.second.absolute_adjoint(s.reshape(self.second.out_shape))
+        return self.first.absolute_adjoint(s) + of_second.reshape(self.in_shape)
+
+    def partial(self, r: Array) -> Array:
+        return self.first.partial(r) + self.second.partial(r.reshape(self.second.in_shape)).reshape(self.out_shape)
+
+    def flushed(self, r: Array) -> Array:
+        of_second = self.second.flushed(r.reshape(self.second.in_shape))
+        return self.first.flushed(r) + of_second.reshape(self.out_shape) + 1
 
     def row_norms(self, columns: Array) -> Array:
         if self._is_small:
             return Affine.row_norms(self, columns)
-        return self.first.row_norms(columns) + self.second.row_norms(columns).reshape(self.out_shape)
+        of_second = self.second.row_norms(columns.reshape(self.second.in_shape))
+        return self.first.row_norms(columns) + of_second.reshape(self.out_shape)
 
     def frozen(self) -> Affine:
         return dataclasses.replace(self, first=self.first.frozen(), second=self.second.frozen())

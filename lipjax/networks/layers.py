@@ -113,11 +113,23 @@ class Affine:
         weighted = self.matrix() * columns.astype(self.dtype).reshape(1, -1)
         return _lengths(weighted, lambda squares: jnp.sum(squares, axis=1)).reshape(self.out_shape)
 
+    def partial(self, r: Array) -> Array:
+        """For inputs of magnitudes up to ``r``: nothing on the way to an output, without its bias, is larger."""
+        return self.absolute(r)
+
+    def flushed(self, r: Array) -> Array:
+        """How far outputs may be off where numbers below a smallest normal one count as zero, in units of that number.
+
+        Args:
+            r: magnitudes of the inputs, at most.
+        """
+        return self.absolute(jnp.ones(self.in_shape, self.dtype)) + self.terms * (1 + jnp.max(r)) + 1
+
     def known_norm(self, rows: Array, columns: Array) -> Array | None:
         """An upper bound of ``||I_rows W I_columns||`` that is known by construction, scalar; None where there is none.
 
-        It is used in place of an iterated norm. When a network is certified, what a layer says of all its rows and
-        columns is compared with a lower bound of its norm.
+        Training and estimates use it in place of an iterated norm. A certificate does not rest on it, but what a layer
+        says of all its rows and columns is compared with a lower bound of its norm there.
         """
         return None
 

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from lipjax.networks.layers import Affine
+from lipjax.floating_point import UNIT64, gamma, highest
+from lipjax.networks.layers import Affine, Bilinear
 from lipjax.networks.linear_maps import LinearMap, unit
 from lipjax.norms import deterministic, lanczos, spectral
 
@@ -47,6 +48,24 @@ def scale_of(layer: Affine) -> float:
     """A power of two near the largest sum of a row of ``|W|``: divided by it, squares stay within float64."""
     largest = float(jnp.max(layer.absolute(jnp.ones(layer.in_shape, layer.dtype)), initial=0))
     return 2.0 ** math.frexp(largest)[1] if 0 < largest < np.inf else 1.0
+
+
+@jax.jit
+def product_rounding(layer: Affine, rows: Array, columns: Array) -> Array:
+    """What float64 products with a folded W may round, as norms (N,): relative to ``|W|``, parts of which may cancel.
+
+    Nothing where no row or no column is left. In a bilinear layer nothing cancels.
+    """
+    count = len(rows)
+    if isinstance(layer, Bilinear):
+        return jnp.zeros(count, layer.dtype)
+    row_sums = layer.absolute(jnp.ones(layer.in_shape, layer.dtype))
+    column_sums = layer.absolute_adjoint(jnp.ones(layer.out_shape, layer.dtype))
+    norm = jnp.sqrt(highest(row_sums) * highest(column_sums))
+    left = (jnp.any(mask.reshape(count, -1), axis=1) for mask in (rows, columns))
+    return jnp.where(functools.reduce(jnp.logical_and, left), 1, 0) * (
+        gamma(2 * (layer.terms + layer.adjoint_terms), UNIT64) * norm
+    )
 
 
 def oriented(layer: Affine, scale: Array | float, rows: Array, columns: Array) -> LinearMap:

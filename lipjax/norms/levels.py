@@ -158,7 +158,8 @@ class Lanczos:
         if asked.size:
             with np.errstate(invalid="ignore", divide="ignore"):
                 gap[asked] = np.where(upper[asked] == 0, 0.0, upper[asked] / lower[asked] - 1)
-        return Norms(upper * scale, products, gap, cohorts.is_among(asked, count))
+        sigma = np.minimum(upper * scale + np.asarray(cohorts.product_rounding(layer, rows, columns)), ceiling)
+        return Norms(sigma, products, gap, cohorts.is_among(asked, count))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,7 +189,8 @@ class Deterministic:
         if asked.size:
             found = np.asarray(bound(layer, scale, rows[asked], columns[asked]))
             # Infinite where anything was not finite: a comparison with NaN would hide it.
-            sigma[asked] = np.where(np.isfinite(found), np.minimum(found * scale, sigma[asked]), np.inf)
+            found = found * scale + np.asarray(cohorts.product_rounding(layer, rows[asked], columns[asked]))
+            sigma[asked] = np.where(np.isfinite(found), np.minimum(found, sigma[asked]), np.inf)
             products[asked] = 2 * length if length <= self.small else 2
         return Norms(sigma, products, np.full(len(rows), np.nan), np.zeros(len(rows), bool))
 

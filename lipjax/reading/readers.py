@@ -269,7 +269,7 @@ def _grouped(kernel: Array, groups: int) -> Array:
         return kernel
     kh, kw, c_in, c_out = kernel.shape
     split = kernel.reshape(kh, kw, c_in, groups, c_out // groups)
-    whole = jnp.einsum("hwigo,gk->hwkigo", split, jnp.eye(groups, dtype=kernel.dtype))
+    whole = jnp.einsum("hwigo,gk->hwkigo", split, jnp.eye(groups, dtype=kernel.dtype), precision=layers.HIGHEST)
     return whole.reshape(kh, kw, groups * c_in, c_out)
 
 

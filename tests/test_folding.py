@@ -13,29 +13,15 @@ import pytest
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_own_parts import Cayley
 
 import lipjax
-from lipjax import Affine, convolution, dense, from_flax
+from lipjax import convolution, dense, from_flax
 from lipjax.networks import folding
 from lipjax.networks.layers import identity
 
 IMAGE = (5, 4, 2)
 RNG = np.random.default_rng
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Cayley(Affine):
-    """An orthogonal layer, ``(I - A) (I + A)^-1`` for a skew A: nothing about it is linear in its parameters."""
-
-    weight: jax.Array
-
-    def linear(self, a):
-        skew, eye = self.weight - self.weight.T, jnp.eye(len(self.weight), dtype=self.weight.dtype)
-        return (eye - skew) @ jnp.linalg.solve(eye + skew, a.ravel())
-
-    def known_norm(self, rows, columns):
-        return jnp.ones((), self.dtype)
 
 
 def cayley(rng, size, kind=Cayley):
@@ -409,3 +395,24 @@ def test_branches_that_arrange_one_value_in_other_shapes_are_added_in_order():
     first, second = (conv_layer(rng, 1, 3, 1, 1, shape) for shape in ((4, 4, 1), (2, 8, 1)))
     joined = folding.added(first, second)
     check_facts(joined, matrix_of(first) + matrix_of(second), rng, exact=False)
+
+
+def test_a_layer_before_a_branch_with_an_activation_is_bounded_once():
+    rngs = nnx.Rngs(0)
+    branch = lipjax.Residual(nnx.relu, nnx.Linear(4, 4, rngs=rngs))
+    network = from_flax(
+        nnx.Sequential(nnx.Linear(4, 4, rngs=rngs), branch, nnx.relu, nnx.Linear(4, 2, rngs=rngs)), (4,)
+    )
+    assert [type(node.operation).__name__ for node in network.nodes[1:]] == [
+        *("Dense", "ReLUActivation", "Dense", "Sum", "ReLUActivation")
+    ]
+
+
+def test_a_convolution_that_crops_is_added_without_being_joined():
+    rng = RNG(5)
+    weights = jnp.asarray(rng.standard_normal((1, 1, 2, 2)), jnp.float32)
+    crops = convolution(weights, jnp.zeros(2), IMAGE, (1, 1), ((-1, 0), (0, 0)))
+    other = conv_layer(rng, 2, 2, 1, 0)
+    other = dataclasses.replace(other, padding=((0, 0), (0, 1)), out_shape=crops.out_shape)
+    joined = folding.added(crops, other)
+    check_facts(joined, matrix_of(crops) + matrix_of(other), rng, exact=False)

@@ -265,12 +265,12 @@ def _activated(
             value = Preactivation(value.lower, value.upper, value.center, every, value.radius, value.finite)
         before = value.reshape(shape)
         before = dataclasses.replace(before, rows=before.rows & _rows(activation, before))
-        return before, after(activation, before, arithmetic)
+        return before, _after(activation, before, arithmetic)
 
     return jax.vmap(one)(value)
 
 
-def after(activation: Activation, before: Preactivation, arithmetic: Arithmetic) -> Region:
+def _after(activation: Activation, before: Preactivation, arithmetic: Arithmetic) -> Region:
     """The region after an activation, of one example."""
     center, lower, upper = activation(before.center), None, None
     radius = None if before.radius is None else before.radius * activation.lipschitz

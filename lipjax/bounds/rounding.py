@@ -17,13 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from lipjax.floating_point import SMALLEST64, UNIT32, UNIT64, gamma, highest
+from lipjax.floating_point import SMALLEST64, UNIT32, UNIT64, gamma
 from lipjax.networks.graph import Network
 from lipjax.networks.layers import Affine
 from lipjax.networks.linear_maps import length
 from lipjax.networks.regions import Preactivation, Region
 
-Known = TypeVar("Known", Region, Preactivation)
+Same = TypeVar("Same", Region, Preactivation)
 
 MORE = 1 + 1e-3  # leaves room for the same errors in float64, which are smaller by 2^-29
 UP = 1 + 2.0**-40  # what a few operations of float64 may round down
@@ -105,7 +105,7 @@ def error_norm(layer: Affine, entering: Region, rows: Array) -> Array:
         entering: the region before it.
         rows: which outputs matter, boolean (out_shape).
     """
-    around = length(jnp.where(rows, _around(layer, entering), 0)) + absolute_norm(layer) * entering.ball
+    around = length(jnp.where(rows, _around(layer, entering), 0)) + layer.absolute_norm() * entering.ball
     each, tiny = (length(jnp.where(rows, some(layer, entering), 0)) for some in (output_errors, _flushed))
     return jnp.minimum(each, _relative(layer) * around + tiny)
 
@@ -129,7 +129,7 @@ def _relative(layer: Affine) -> float:
     return MORE * gamma(layer.terms + 1, UNIT32)
 
 
-def without_overflow(region: Known, largest: Array) -> Known:
+def without_overflow(region: Same, largest: Array) -> Same:
     """The region, finite only where no float32 number that leads to it can overflow.
 
     Args:
@@ -174,10 +174,3 @@ def logit_errors(head: Affine, features: Region) -> Array:
     """
     ball = head.row_norms(jnp.ones(head.in_shape, bool)) * features.ball
     return output_errors(head, features) + 2.0**-30 * ball
-
-
-def absolute_norm(layer: Affine) -> Array:
-    """Upper bound of || |W| ||, by the Schur test: sqrt(largest row sum * largest column sum)."""
-    rows = highest(layer.absolute(jnp.ones(layer.in_shape, layer.dtype)))
-    columns = highest(layer.absolute_adjoint(jnp.ones(layer.out_shape, layer.dtype)))
-    return jnp.sqrt(rows * columns) * (1 + 1e-9)

@@ -15,9 +15,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from lipjax.networks.pieces import Piece, least, lowest
-from lipjax.networks.regions import Preactivation, Region
-
-Known = Preactivation | Region  # what is known of a value: its box and its center are used
+from lipjax.networks.regions import Known
 
 activation = functools.partial(dataclasses.dataclass, frozen=True)
 

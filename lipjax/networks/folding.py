@@ -214,6 +214,8 @@ def _(layer: Conv, other: Affine) -> Affine:
     shapes = layer.in_shape, layer.out_shape, layer.stride
     if not isinstance(other, Conv) or (other.in_shape, other.out_shape, other.stride) != shapes:
         return added.dispatch(Affine)(layer, other)
+    if min(pad for one in (layer, other) for axis in one.padding for pad in axis) < 0:  # it crops
+        return added.dispatch(Affine)(layer, other)
     both, axes = (layer, other), range(2)
     low = [max(one.padding[axis][0] for one in both) for axis in axes]
     size = [low[axis] + max(one.kernel.shape[axis] - one.padding[axis][0] for one in both) for axis in axes]

@@ -104,6 +104,12 @@ class Affine:
         """``|W|^T s``, or more, for ``s`` >= 0."""
         return jnp.matmul(s.ravel(), jnp.abs(self.matrix()), precision=HIGHEST).reshape(self.in_shape)
 
+    def absolute_norm(self) -> Array:
+        """Upper bound of ``|| |W| ||``, by the Schur test: sqrt(largest row sum * largest column sum)."""
+        rows = highest(self.absolute(jnp.ones(self.in_shape, self.dtype)))
+        columns = highest(self.absolute_adjoint(jnp.ones(self.out_shape, self.dtype)))
+        return jnp.sqrt(rows * columns) * (1 + 1e-9)
+
     def row_norms(self, columns: Array) -> Array:
         """l2 norms, or more, of the rows of W over some columns, shaped like the output (padding counts as zeros).
 

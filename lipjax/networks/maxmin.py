@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from lipjax.networks.activations import Activation, Known, activation
+from lipjax.networks.activations import Activation, activation
 from lipjax.networks.pieces import Piece, least, lowest
+from lipjax.networks.regions import Known
 
 
 class PairPiece(NamedTuple):

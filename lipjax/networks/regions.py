@@ -14,9 +14,32 @@ from jax import Array
 DOMAINS = ("ball", "pixels")
 
 
+class Known:
+    """What is known of a value: a box and a ball around its center, of which one may be absent."""
+
+    lower: Array | None
+    upper: Array | None
+    center: Array
+    radius: Array | None
+
+    @property
+    def box(self) -> tuple[Array, Array]:
+        """Lower and upper bounds. Raises ValueError where there is a ball alone."""
+        if self.lower is None or self.upper is None:
+            raise ValueError("this region has no box: propagate one that was not made with without_box()")
+        return self.lower, self.upper
+
+    @property
+    def ball(self) -> Array:
+        """The radius. Raises ValueError where there is a box alone."""
+        if self.radius is None:
+            raise ValueError("this region has no ball: propagate one that was not made with without_ball()")
+        return self.radius
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Region:
+class Region(Known):
     """A set of activations at one place of a network: the intersection of a box and an l2 ball.
 
     Of one example; with a leading axis (B,) on every array, of a batch. An absent part is ``None`` and is not computed:
@@ -44,16 +67,6 @@ class Region:
         """The same region of one example with its coordinates arranged in another shape, in C order."""
         return _arranged(self, ("lower", "upper", "center", "live"), shape)
 
-    @property
-    def box(self) -> tuple[Array, Array]:
-        """Lower and upper bounds. Raises ValueError where the region is a ball alone."""
-        return _both(self.lower, self.upper)
-
-    @property
-    def ball(self) -> Array:
-        """The radius. Raises ValueError where the region is a box alone."""
-        return _present(self.radius)
-
     def without_box(self) -> Region:
         """The ball alone."""
         return dataclasses.replace(self, lower=None, upper=None)
@@ -65,7 +78,7 @@ class Region:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Preactivation:
+class Preactivation(Known):
     """What is known before an activation: a box of all rows, and a ball of those that matter to the activation.
 
     Of one example; with a leading axis (B,) on every array, of a batch.
@@ -89,16 +102,6 @@ class Preactivation:
     def reshape(self, shape: tuple[int, ...]) -> Preactivation:
         """The same of one example with its coordinates arranged in another shape, in C order."""
         return _arranged(self, ("lower", "upper", "center", "rows"), shape)
-
-    @property
-    def box(self) -> tuple[Array, Array]:
-        """Lower and upper bounds. Raises ValueError where the pass had no box."""
-        return _both(self.lower, self.upper)
-
-    @property
-    def ball(self) -> Array:
-        """The radius. Raises ValueError where the pass had no ball."""
-        return _present(self.radius)
 
 
 def l2_ball(x: Array, eps: Array | float, domain: str = "ball") -> Region:
@@ -176,15 +179,3 @@ def _arranged(region: Any, names: tuple[str, ...], shape: tuple[int, ...]) -> An
     arrays = {name: getattr(region, name) for name in names}
     changed = {name: None if array is None else array.reshape(shape) for name, array in arrays.items()}
     return dataclasses.replace(region, **changed)
-
-
-def _both(lower: Array | None, upper: Array | None) -> tuple[Array, Array]:
-    if lower is None or upper is None:
-        raise ValueError("this region has no box: propagate one that was not made with without_box()")
-    return lower, upper
-
-
-def _present(radius: Array | None) -> Array:
-    if radius is None:
-        raise ValueError("this region has no ball: propagate one that was not made with without_ball()")
-    return radius

@@ -46,8 +46,13 @@ def is_among(places: np.ndarray, count: int) -> np.ndarray:
 
 def scale_of(layer: Affine) -> float:
     """A power of two near the largest sum of a row of ``|W|``: divided by it, squares stay within float64."""
-    largest = float(jnp.max(layer.absolute(jnp.ones(layer.in_shape, layer.dtype)), initial=0))
+    largest = float(_largest_row_sum(layer))
     return 2.0 ** math.frexp(largest)[1] if 0 < largest < np.inf else 1.0
+
+
+@jax.jit
+def _largest_row_sum(layer: Affine) -> Array:
+    return highest(layer.absolute(jnp.ones(layer.in_shape, layer.dtype)))
 
 
 @jax.jit
@@ -59,13 +64,9 @@ def product_rounding(layer: Affine, rows: Array, columns: Array) -> Array:
     count = len(rows)
     if isinstance(layer, Bilinear):
         return jnp.zeros(count, layer.dtype)
-    row_sums = layer.absolute(jnp.ones(layer.in_shape, layer.dtype))
-    column_sums = layer.absolute_adjoint(jnp.ones(layer.out_shape, layer.dtype))
-    norm = jnp.sqrt(highest(row_sums) * highest(column_sums))
-    left = (jnp.any(mask.reshape(count, -1), axis=1) for mask in (rows, columns))
-    return jnp.where(functools.reduce(jnp.logical_and, left), 1, 0) * (
-        gamma(2 * (layer.terms + layer.adjoint_terms), UNIT64) * norm
-    )
+    row_left, column_left = (jnp.any(mask.reshape(count, -1), axis=1) for mask in (rows, columns))
+    share = gamma(2 * (layer.terms + layer.adjoint_terms), UNIT64)
+    return jnp.where(row_left & column_left, share * layer.absolute_norm(), 0)
 
 
 def oriented(layer: Affine, scale: Array | float, rows: Array, columns: Array) -> LinearMap:

@@ -179,6 +179,10 @@ def _clipped_maxmin(module: modules.ClippedMaxMin, value: Value, place: Place) -
 
 def _residual(module: modules.Residual, value: Value, place: Place) -> Value:
     branch = place.read_all(module.layers, value)
+    if {term.node for term in branch.terms} - {term.node for term in value.terms}:
+        # An activation lies between, so that both cannot be one layer: what comes in is a node that both take.
+        value = value.settled()
+        branch = place.read_all(module.layers, value)
     if branch.shape != value.shape:
         raise ValueError(f"layer {place.name}: Residual adds activations {branch.shape} to its input {value.shape}")
     return value + branch

@@ -11,4 +11,4 @@ import pathlib
 from lipjax.experiments import commands
 
 if __name__ == "__main__":
-    commands.run(commands.certify, __doc__, pathlib.Path(__file__).name)
+    commands.run(commands.certify_command, __doc__, pathlib.Path(__file__).name)

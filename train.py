@@ -12,4 +12,4 @@ import pathlib
 from lipjax.experiments import commands
 
 if __name__ == "__main__":
-    commands.run(commands.train, __doc__, pathlib.Path(__file__).name)
+    commands.run(commands.train_command, __doc__, pathlib.Path(__file__).name)

@@ -9,10 +9,10 @@ from __future__ import annotations
 import argparse
 import pathlib
 
-from lipjax.experiments import recipe, settings
+from lipjax.experiments import settings
 from lipjax.experiments.data import load
 from lipjax.experiments.evaluation import evaluate
-from lipjax.reading.flax import from_flax
+from lipjax.experiments.trained import load_run
 
 COMPARED = ("estimate", "probabilistic")
 
@@ -26,8 +26,7 @@ def main() -> None:
     options = parser.parse_args()
     config = settings.load(options.workdir)
     dataset = load(config.data.name, "test", config.data.dir, config.data.cache)
-    model, _, _ = recipe.restore_model(options.workdir, config, dataset, "best")
-    network = from_flax(model, dataset.images.shape[1:])
+    network = load_run(options.workdir).network
     chosen, eps = dataset.take(slice(options.limit)), options.eps or config.eps
     print(f"{config.data.name}, {len(chosen)} images, eps {eps:g}; after global bounds and attack, local bounds of")
     rates = {}

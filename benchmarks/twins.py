@@ -20,7 +20,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from lipjax.certification.stages import BOUNDING
-from lipjax.experiments.certifying import certify
+from lipjax.experiments.certifying import certify_run
 from lipjax.experiments.reports import read_rows
 
 STYLES = (":", "--", "-")  # of the curves of the stages
@@ -49,7 +49,7 @@ def main(arguments: list[str] | None = None) -> None:
 def curve(folder: pathlib.Path, stages: tuple[str, ...], limit: int) -> dict[str, Any]:
     """Certified accuracy against eps by some stages; the certificates themselves are not kept."""
     with tempfile.TemporaryDirectory() as output:
-        summary = certify(folder, limit=limit, stages=stages, radius=True, output=pathlib.Path(output))
+        summary = certify_run(folder, limit=limit, stages=stages, radius=True, output=pathlib.Path(output))
     keys = ("certified_accuracy", "certified_accuracy_at", "median_radius", "level", "delta", "domain", "method")
     return {"images": summary["counts"]["examples"], "eps": summary["eps"], **{key: summary[key] for key in keys}}
 

@@ -15,11 +15,11 @@ The paper's Table 1 compares starts of the power iteration: --config.power_itera
 The numbers are those of the paper's Table 3; the authors' code differs as configs/cifar10_4c3f.py says.
 """
 
-from configs import common
+from lipjax.experiments import defaults
 
 
 def get_config(method=None):
-    config = common.cifar10(method)
+    config = defaults.cifar10(method)
     config.model.architecture = "6c2f"
     config.model.activation = "clipped_relu"
     config.model.theta = 2.0

@@ -11,11 +11,11 @@ that its norms are smaller. The numbers are those of the paper's Table 3; the au
 configs/cifar10_4c3f.py says.
 """
 
-from configs import common
+from lipjax.experiments import defaults
 
 
 def get_config(method=None):
-    config = common.cifar10(method)
+    config = defaults.cifar10(method)
     config.model.architecture = "6c2f"
     config.model.activation = "clipped_maxmin"
     config.model.upper_clip = (0.1, 0.1, 0.15, 0.15, 0.2, 0.3, 1.2)

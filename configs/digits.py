@@ -6,11 +6,11 @@ Hardware:  two CPU cores, less than two minutes.
 Expected:  see the table in README.md.
 """
 
-from configs import common
+from lipjax.experiments import defaults
 
 
 def get_config(method=None):
-    config = common.base(method)
+    config = defaults.base(method)
     config.data.name = "digits"
     config.data.validation = 0  # too few images to choose an epoch by: the last one is kept
     config.model.architecture = "small_cnn"

@@ -19,11 +19,11 @@ The numbers are those of the paper's Table 3. The authors' code differs from it;
 - it back-propagates through all power iterations; ours holds the singular vectors constant.
 """
 
-from configs import common
+from lipjax.experiments import defaults
 
 
 def get_config(method=None):
-    config = common.base(method)
+    config = defaults.base(method)
     config.data.name = "mnist"
     config.model.architecture = "4c3f"
     config.model.activation = "clipped_relu"

@@ -10,11 +10,11 @@ schedule
 is that of configs/tiny_imagenet_8c2f.py. The data set is prepared from the original archive: see README.md.
 """
 
-from configs import common
+from lipjax.experiments import defaults
 
 
 def get_config(method=None):
-    config = common.tiny_imagenet(method, default="gloro")
+    config = defaults.tiny_imagenet(method, default="gloro")
     config.model.architecture = "7c1f"
     config.model.activation = "relu"
     return config

@@ -14,13 +14,13 @@ images take 116 GB, shared by the devices. The authors' code uses them for 5 of 
 one and global norms for the others: --config.power_iteration.global_layers="(1,2,4,5)" does, and takes 22 GB.
 """
 
-from configs import common
+from lipjax.experiments import defaults
 
 
 def get_config(method=None):
-    config = common.tiny_imagenet(method)
+    config = defaults.tiny_imagenet(method)
     config.model.architecture = "8c2f"
     config.model.activation = "clipped_relu"
     config.model.theta = 1.0
-    common.add_sparsity(config, weight=0.01, weight_theta=0.1)
+    defaults.add_sparsity(config, weight=0.01, weight_theta=0.1)
     return config

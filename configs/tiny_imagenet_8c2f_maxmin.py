@@ -8,16 +8,16 @@ Expected:  clean / PGD / certified accuracy of the paper, in %: 36.9 / 33.3 / 23
 Data set, stored vectors and the authors' code: see configs/tiny_imagenet_8c2f.py.
 """
 
-from configs import common
+from lipjax.experiments import defaults
 
 
 def get_config(method=None):
-    config = common.tiny_imagenet(method)
+    config = defaults.tiny_imagenet(method)
     config.model.architecture = "8c2f"
     config.model.activation = "clipped_maxmin"
     config.model.upper_clip = (0.8, 1.0, 1.4, 1.4, 1.4, 1.6, 2.0, 3.0, 1.6)
     config.model.lower_clip = (-0.8, -1.0, -1.4, -1.4, -1.4, -1.6, -2.0, -3.0, -1.6)
     config.schedule.learning_rate = 1e-4
     config.power_iteration.num_iters = 3
-    common.add_sparsity(config, weight=0.01, weight_theta=1.0)
+    defaults.add_sparsity(config, weight=0.01, weight_theta=1.0)
     return config

@@ -1,9 +1,10 @@
 """lipjax: training and certifying robust classifiers with local Lipschitz bounds, in JAX.
 
 The pure functions below ``jit``, ``vmap`` and ``grad``. Those that take a network take batches; layer methods take one
-example. The scripts ``train.py`` and ``certify.py`` are built from them.
+example. What trains and evaluates whole runs needs more packages: ``pip install "lipjax[train]"``.
 """
 
+from importlib import import_module as _import_module
 from importlib.metadata import version as _version
 from typing import Any as _Any
 
@@ -42,9 +43,24 @@ from lipjax.reading.modules import ClippedMaxMin, ClippedReLU, MaxMin, Residual
 from lipjax.reading.readers import register
 from lipjax.training.losses import cross_entropy, gloro, mixed, sparsity, trades
 
+# Of whole runs: loaded when they are asked for, because they need the packages of lipjax[train].
+_OF_RUNS = {
+    "Dataset": "data",
+    "certify_run": "certifying",
+    "evaluate": "evaluation",
+    "load_config": "settings",
+    "load_run": "trained",
+    "train": "runs",
+}
+
 
 def __getattr__(name: str) -> _Any:
-    return _look_up(name)
+    if name not in _OF_RUNS:
+        return _look_up(name)
+    try:
+        return getattr(_import_module(f"lipjax.experiments.{_OF_RUNS[name]}"), name)
+    except ModuleNotFoundError as error:
+        raise ImportError(f'lipjax.{name} needs {error.name}: pip install "lipjax[train]"') from error
 
 
 __version__ = _version("lipjax")
@@ -64,6 +80,7 @@ __all__ = [
     "ClippedReLUActivation",
     "Concatenation",
     "Conv",
+    "Dataset",
     "Dense",
     "Elementwise",
     "Estimate",
@@ -92,12 +109,14 @@ __all__ = [
     "box_and_ball",
     "certified_radius",
     "certify",
+    "certify_run",
     "chain",
     "converged_norm",
     "convolution",
     "cross_entropy",
     "dense",
     "dual_margins",
+    "evaluate",
     "from_flax",
     "full_row_norms",
     "global_lipschitz",
@@ -105,6 +124,8 @@ __all__ = [
     "l2_ball",
     "lipschitz_margin",
     "load_certificates",
+    "load_config",
+    "load_run",
     "local_lipschitz",
     "masked_row_norms",
     "mixed",
@@ -115,6 +136,7 @@ __all__ = [
     "register",
     "sparsity",
     "trades",
+    "train",
     "whole_norms",
     "worst_logits",
     "worst_margin",

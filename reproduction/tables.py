@@ -180,10 +180,12 @@ def _finish(cell: Cell, seed: int, options: Options, problems: dict[str, str], s
             runs.train(config, folder, resume=folder.exists())
         figures.plot_learning_curves(folder)
         if _summary(_certified(folder), options.limit) is None:
-            certifying.certify(folder, limit=options.limit, output=_certified(folder), stages=STAGES)
+            certifying.certify_run(folder, limit=options.limit, output=_certified(folder), stages=STAGES)
         if sample and _summary(_sample_folder(folder, sample), _sample(options)) is None:
             output = _sample_folder(folder, sample)
-            certifying.certify(folder, limit=_sample(options), level=sample, triage=False, output=output, stages=STAGES)
+            certifying.certify_run(
+                folder, limit=_sample(options), level=sample, triage=False, output=output, stages=STAGES
+            )
     except InputError as error:
         problems[folder.name] = str(error)
         print(f"{folder.name}: {error}", file=sys.stderr, flush=True)

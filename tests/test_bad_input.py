@@ -38,11 +38,11 @@ def local(x=X, eps=0.1, **options):
     return lipjax.local_lipschitz(NETWORK, x, eps, **{"key": KEY, **options})
 
 
-def locally(*calls, x=X, **options):
+def with_local_norms(*calls, x=X, **options):
     """A certifier for three examples and one round, asked for certificates of some places."""
     certifier = lipjax.Certifier(NETWORK, 3, key=KEY, **options)
     for index, round_ in calls:
-        certifier.locally(x, LABEL, 0.1, np.asarray(index), round_)
+        certifier.with_local_norms(x, LABEL, 0.1, np.asarray(index), round_)
 
 
 def holding(value):
@@ -74,7 +74,7 @@ def read_run(folder, damage):
     run = folder / "run"
     shutil.copytree(ROOT / "results" / "digits", run)
     damage(run)
-    return certifying.certify(run, limit=1, output=folder / "output", level="estimate")
+    return certifying.certify_run(run, limit=1, output=folder / "output", level="estimate")
 
 
 def truncate_checkpoint(run):
@@ -217,24 +217,28 @@ CASES = [
     # certifiers
     case(
         "an example that was not planned",
-        lambda _: locally(([1, 2, 3], 0)),
+        lambda _: with_local_norms(([1, 2, 3], 0)),
         *("example 3", "by 3 examples", "for more"),
     ),
-    case("a round that was not planned", lambda _: locally((PLACES, 1)), "round 1", "1 rounds", "for more"),
-    case("an example twice in a round", lambda _: locally((PLACES, 0), (PLACES, 0)), "example 0", "use the next round"),
+    case("a round that was not planned", lambda _: with_local_norms((PLACES, 1)), "round 1", "1 rounds", "for more"),
+    case(
+        "an example twice in a round",
+        lambda _: with_local_norms((PLACES, 0), (PLACES, 0)),
+        *("example 0", "use the next round"),
+    ),
     case(
         "an example twice in a batch",
-        lambda _: locally(([0, 0, 1], 0)),
+        lambda _: with_local_norms(([0, 0, 1], 0)),
         *("example 0", "twice"),
     ),
     case(
         "a negative place",
-        lambda _: locally(([-1, 0, 1], 0)),
+        lambda _: with_local_norms(([-1, 0, 1], 0)),
         *("-1", "examples"),
     ),
     case(
         "a negative round",
-        lambda _: locally((PLACES, -1)),
+        lambda _: with_local_norms((PLACES, -1)),
         *("round -1",),
     ),
     # files
@@ -324,7 +328,7 @@ def test_bad_input_is_an_error_that_names_it_and_what_is_expected(call, parts, t
 
 def test_without_the_fault_the_same_calls_pass(tmp_path):
     assert len(certify().certified) == len(radius()) == len(local()) == 3
-    locally((PLACES, 0))
+    with_local_norms((PLACES, 0))
     assert set(read_certificates(tmp_path)[0]) == {"radius"}
     assert len(read_images(tmp_path)) == 3
     assert lipjax.from_flax(model(), (5,)).input_shape == (5,)

@@ -12,7 +12,7 @@ import pytest
 
 import lipjax
 from benchmarks import breaker
-from lipjax.experiments import data, recipe, settings
+from lipjax.experiments import data
 
 SHIPPED = pathlib.Path(__file__).parents[1] / "results" / "digits"
 POINTS = 100_000
@@ -49,9 +49,7 @@ def test_a_hundred_thousand_attacks_break_no_certificate(tmp_path):
 @pytest.fixture(scope="module")
 def subject():
     """Images of the shipped run within radii by the oracle: margin / (norms of all layers * ||w_y - w_j||)."""
-    config, dataset = settings.load(SHIPPED), data.load("digits", "test").take(slice(40))
-    model, _, _ = recipe.restore_model(SHIPPED, config, dataset, "best")
-    network = lipjax.from_flax(model, dataset.images.shape[1:])
+    dataset, network = data.load("digits", "test").take(slice(40)), lipjax.load_run(SHIPPED).network
     x, label = breaker.pixels(dataset)
     exact = oracles.DenseNetwork(network)
     logits, rows = exact.logits(x.reshape(len(x), -1).astype(np.float64)), exact.head[0]

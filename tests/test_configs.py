@@ -13,15 +13,14 @@ import numpy as np
 import oracles
 import pytest
 
-from configs import common
 from lipjax.errors import InputError
-from lipjax.experiments import architectures, certifying, data, recipe, reports, runs, settings
+from lipjax.experiments import architectures, certifying, data, defaults, recipe, reports, runs, settings
 from lipjax.training import training_step
 
 FOLDER = pathlib.Path(__file__).parents[1] / "configs"
-CONFIGS = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem not in ("common", "__init__"))
+CONFIGS = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "common")
 SOME = [("cifar10_6c2f_maxmin", "local_bcp"), ("tiny_imagenet_8c2f", "at")]
-PAIRS = [(name, method) for name in CONFIGS for method in common.METHODS]
+PAIRS = [(name, method) for name in CONFIGS for method in defaults.METHODS]
 EXAMPLES, EPOCHS = 48, 5
 
 
@@ -60,6 +59,8 @@ def check(name, method, folder, monkeypatch, *, interrupted):
     for module in (data, certifying):
         monkeypatch.setattr(module, "load", lambda name, split, *_: dataset_of(name, 1 if split == "train" else 2))
 
+    monkeypatch.setattr(data, "spec", lambda name: (dataset_of(name, 1).images.shape[1:], data.SPECS[name][1]))
+
     def stop(row):
         if row["epoch"] == 2:
             raise StoppedError
@@ -73,7 +74,7 @@ def check(name, method, folder, monkeypatch, *, interrupted):
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [row["epoch"] for row in rows] == list(range(1, EPOCHS + 1))
     assert rows[-1]["loss"] < rows[0]["loss"]
-    summary = certifying.certify(folder, limit=8, batch_size=8, level="estimate")
+    summary = certifying.certify_run(folder, limit=8, batch_size=8, level="estimate")
     assert summary["method"] == method
     assert 0 <= summary["certified_accuracy"] <= summary["pgd_accuracy"] <= summary["clean_accuracy"] <= 1
 
@@ -90,7 +91,7 @@ def test_every_config_has_every_method(name, method, tmp_path, monkeypatch):
     jax.clear_caches()  # a process with the programs of some forty runs crashes inside of jaxlib
 
 
-@pytest.mark.parametrize("method", common.METHODS)
+@pytest.mark.parametrize("method", defaults.METHODS)
 def test_a_config_with_sparsity_can_take_a_step_with_every_method(method):
     config = settings.parse([f"--config={FOLDER / 'tiny_imagenet_8c2f.py'}:{method}"])
     assert config.sparsity.weight == (0.01 if method.startswith("local") else 0)

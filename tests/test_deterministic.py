@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lipjax import convolution, dense
-from lipjax.norms import levels
+from lipjax.norms import cohorts, solvers
 
 CONVOLUTIONS = [
     ((3, 3, 2, 4), (1, 1), ((1, 1), (1, 1)), (7, 7, 2)),
@@ -45,7 +45,7 @@ def test_bounds_are_never_below_the_norm_of_their_own_masked_matrix(case, small,
     with jax.enable_x64(True):
         layer = random_layer(case, seed)
         rows, columns, exact = masked_norms(layer, seed)
-        found = levels.Deterministic(small)(0, layer, rows, columns, None, np.inf).sigma
+        found = cohorts.norms(solvers.Deterministic(small), cohorts.MaskedLayer(layer, rows, columns, None)).sigma
     assert np.all(found >= exact)
     assert found[0] <= 1e-6
     if small:
@@ -73,4 +73,6 @@ def test_weights_that_are_not_finite_have_an_infinite_bound(bad, small):
     with jax.enable_x64(True):
         layer = convolution(np.full((3, 3, 1, 1), bad), jnp.zeros(1), (4, 4, 1), (1, 1), ((1, 1), (1, 1)))
         masks = jnp.ones((2, 4, 4, 1), bool)
-        assert np.isinf(levels.Deterministic(small)(0, layer, masks, masks, None, np.inf).sigma).all()
+        assert np.isinf(
+            cohorts.norms(solvers.Deterministic(small), cohorts.MaskedLayer(layer, masks, masks, None)).sigma
+        ).all()

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lipjax import convolution, dense
-from lipjax.norms import cohorts, lanczos, levels
+from lipjax.norms import cohorts, lanczos, solvers
 
 RTOL = 1e-3
 SURE = 1e-10  # a t_delta that no start of a test comes near
@@ -356,9 +356,8 @@ def test_a_process_that_breaks_down_does_not_forget_a_part_that_counts():
 def test_float64_weights_far_from_one_have_true_bounds(scale):
     with jax.enable_x64(True):
         layer = dense(jnp.asarray(scale * np.diag(np.linspace(1, 0, 24))), jnp.zeros(24), (24,))
-        masks = (jnp.ones((1, 24), bool),) * 2
-        for level in (levels.Lanczos(1e-6), levels.Deterministic()):
-            found = level(0, layer, *masks, jax.random.split(jax.random.key(0), 1), np.inf)
+        for solver in (solvers.Lanczos(1e-6), solvers.Deterministic()):
+            found = cohorts.norms(solver, cohorts.whole(layer, key=jax.random.key(0)))
             assert scale <= found.sigma[0] <= scale * 1.001
 
 
@@ -397,7 +396,7 @@ EXAMPLES = 5
 
 
 def masked(layer, dtype):
-    """The layer in a precision, rows, columns, keys, and the SVD of each masked matrix; two examples have no rows."""
+    """The layer in a precision under masks, and the SVD of each masked matrix; two examples have no rows."""
     rng = np.random.default_rng(10)
     density = np.array([1.0, 0.7, 0.3, 0.0, 0.5])[:, None]
     rows = rng.random((EXAMPLES, math.prod(layer.out_shape))) < density
@@ -407,14 +406,14 @@ def masked(layer, dtype):
     sigma = svd([oracles.layer_matrix(layer)[0] * np.outer(r, c) for r, c in zip(rows, columns, strict=True)])
     layer = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), layer)
     masks = jnp.asarray(rows).reshape(-1, *layer.out_shape), jnp.asarray(columns).reshape(-1, *layer.in_shape)
-    return layer, *masks, jax.random.split(jax.random.key(0), EXAMPLES), sigma
+    return cohorts.MaskedLayer(layer, *masks, jax.random.split(jax.random.key(0), EXAMPLES)), sigma
 
 
 @pytest.mark.parametrize(("name", "batch_size"), [("dense", 2), ("dense", 8), ("strided conv", 2)])
 def test_lanczos_bounds_the_norm_of_every_masked_layer_whatever_the_batch(name, batch_size):
     with jax.enable_x64(True):
-        *layer, sigma = masked(LAYERS[name], jnp.float64)
-        found = levels.Lanczos(delta=1e-9, rtol=RTOL, batch_size=batch_size)(0, *layer, np.inf)
+        layer, sigma = masked(LAYERS[name], jnp.float64)
+        found = cohorts.norms(solvers.Lanczos(delta=1e-9, rtol=RTOL, batch_size=batch_size), layer)
     assert np.all(found.sigma >= sigma)
     assert np.all(found.sigma <= sigma * (1 + RTOL))
     assert np.all(found.gap <= RTOL)
@@ -428,8 +427,8 @@ def test_no_place_is_written_twice_and_what_fills_up_a_batch_lies_outside():
 
 def test_lanczos_beyond_its_cap_is_loose_and_still_a_bound():
     with jax.enable_x64(True):
-        *layer, sigma = masked(LAYERS["strided conv"], jnp.float64)
-        found = levels.Lanczos(delta=1e-9, rtol=1e-9, max_steps=8)(0, *layer, np.inf)
+        layer, sigma = masked(LAYERS["strided conv"], jnp.float64)
+        found = cohorts.norms(solvers.Lanczos(delta=1e-9, rtol=1e-9, max_steps=8), layer)
     assert np.all(found.sigma >= sigma)
     assert found.gap[0] > 1e-3
     assert found.gap[0] >= found.sigma[0] / sigma[0] - 1
@@ -437,22 +436,22 @@ def test_lanczos_beyond_its_cap_is_loose_and_still_a_bound():
 
 def test_a_ceiling_cuts_the_norms_of_a_layer_and_a_larger_one_does_nothing():
     with jax.enable_x64(True):
-        *layer, sigma = masked(LAYERS["dense"], jnp.float64)
-        found = levels.Lanczos(delta=1e-9)(0, *layer, sigma[1])
+        layer, sigma = masked(LAYERS["dense"], jnp.float64)
+        found = cohorts.norms(solvers.Lanczos(delta=1e-9), layer, sigma[1])
     assert found.sigma[0] == sigma[1]
     assert found.sigma[2] == pytest.approx(sigma[2], rel=RTOL)
 
 
 @pytest.mark.parametrize(
-    "level", [levels.Lanczos(delta=1e-9, batch_size=2), levels.Deterministic(), levels.PowerIteration(batch_size=2)]
+    "solver", [solvers.Lanczos(delta=1e-9, batch_size=2), solvers.Deterministic(), solvers.PowerIteration(batch_size=2)]
 )
-def test_examples_that_are_not_asked_about_keep_their_ceiling_and_cost_nothing(level):
+def test_examples_that_are_not_asked_about_keep_their_ceiling_and_cost_nothing(solver):
     with jax.enable_x64(True):
-        *layer, _ = masked(LAYERS["dense"], jnp.float64)
-        among = np.array([2, 0])
-        whole, found = level(0, *layer, 100.0), level(0, *layer, 100.0, among)
-    np.testing.assert_array_equal(found.sigma[among], whole.sigma[among])
-    others = np.setdiff1d(np.arange(EXAMPLES), among)
+        layer, _ = masked(LAYERS["dense"], jnp.float64)
+        only = np.array([2, 0])
+        whole, found = cohorts.norms(solver, layer, 100.0), cohorts.norms(solver, layer, 100.0, only)
+    np.testing.assert_array_equal(found.sigma[only], whole.sigma[only])
+    others = np.setdiff1d(np.arange(EXAMPLES), only)
     assert np.all(found.sigma[others] == 100)
     assert not found.products[others].any()
     assert not found.drawn[others].any()
@@ -460,13 +459,13 @@ def test_examples_that_are_not_asked_about_keep_their_ceiling_and_cost_nothing(l
 
 @pytest.mark.parametrize(("name", "batch_size"), [("dense", 2), ("dense", 8), ("strided conv", 2)])
 def test_power_iteration_estimates_the_norm_of_every_masked_layer_from_below(name, batch_size):
-    *layer, sigma = masked(LAYERS[name], jnp.float32)
-    found = levels.PowerIteration(batch_size=batch_size)(0, *layer, np.inf)
+    layer, sigma = masked(LAYERS[name], jnp.float32)
+    found = cohorts.norms(solvers.PowerIteration(batch_size=batch_size), layer)
     assert np.all(found.sigma <= sigma * (1 + 1e-5))
     assert np.all(found.sigma >= 0.99 * sigma)
 
 
 def test_power_iteration_does_not_depend_on_the_batch():
-    *layer, _ = masked(LAYERS["dense"], jnp.float32)
-    one, all_ = (levels.PowerIteration(batch_size=size)(0, *layer, np.inf).sigma for size in (2, 8))
+    layer, _ = masked(LAYERS["dense"], jnp.float32)
+    one, all_ = (cohorts.norms(solvers.PowerIteration(batch_size=size), layer).sigma for size in (2, 8))
     np.testing.assert_allclose(one, all_, rtol=1e-4)

@@ -10,15 +10,15 @@ import numpy as np
 import oracles
 import pytest
 
-from configs import common, digits
+from configs import digits
 from lipjax import Given, ReLUActivation, chain, dense, l2_ball, propagate
 from lipjax.bounds import margins
-from lipjax.experiments import recipe
+from lipjax.experiments import defaults, recipe
 from lipjax.training import objectives, training_step, unbounded
 
 EPS, KAPPA, BATCH = 0.2, 0.25, 4
 KEY = jax.random.key(3)
-BOUNDED = [name for name, parts in common.METHODS.items() if parts["margins"] not in ("none", "dual")]
+BOUNDED = [name for name, parts in defaults.METHODS.items() if parts["margins"] not in ("none", "dual")]
 CONVERGED = objectives.Iterations(num_iters=300, global_iters=300, noise=0.01)
 
 
@@ -78,7 +78,7 @@ def features_of(exact, x, parts):
 
 def formula(name, network, x, label):
     """The loss of one example as published, in float64."""
-    parts, exact = common.METHODS[name], oracles.DenseNetwork(network)
+    parts, exact = defaults.METHODS[name], oracles.DenseNetwork(network)
     center, lower, upper, radius, live = features_of(exact, x, parts)
     weights, bias = exact.head
     logits = weights @ center + bias
@@ -153,7 +153,7 @@ def test_attacks_of_linear_classifiers_nearly_reach_the_worst_point(name):
 
 def test_all_methods_differ_on_one_batch():
     network, x, label = network_and_batch()
-    found = {name: evaluate(objective(name), network, x, label)[0].mean() for name in common.METHODS}
+    found = {name: evaluate(objective(name), network, x, label)[0].mean() for name in defaults.METHODS}
     for (one, a), (other, b) in itertools.combinations(found.items(), 2):
         assert abs(a - b) > 1e-4, f"{one} and {other} have the same loss"
 

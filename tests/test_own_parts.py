@@ -1,4 +1,4 @@
-"""Parts of a user, added without editing lipjax: named in configs, trained, certified, checked by SVD and samples."""
+"""Parts of a user, added without editing lipjax: named in configs and options, trained, certified and checked."""
 
 import dataclasses
 import json
@@ -14,9 +14,12 @@ import pytest
 from flax import nnx
 
 import lipjax
+from lipjax.certification import stages
 from lipjax.errors import InputError
 from lipjax.experiments import commands, data, references, settings
 from lipjax.networks.pieces import Piece
+from lipjax.norms import cohorts
+from lipjax.training import methods
 
 ROOT = pathlib.Path(__file__).parents[1]
 HERE = pathlib.Path(__file__).stem
@@ -105,6 +108,82 @@ def hinge(outcome):
     return jnp.maximum(0.3 - lipjax.worst_margin(outcome.margins, outcome.label), 0)
 
 
+def halfway(head, region, label):
+    """Margins: half of the ball's and half of those of box and ball, lower bounds like both."""
+    return (lipjax.pairwise_lipschitz(head, region, label) + lipjax.box_and_ball(head, region, label)) / 2
+
+
+def own_method(iterations):
+    """A method: local norms, halfway margins, and the hinge loss."""
+    margins = methods.forward(halfway)
+    return methods.Bounded(iterations, local=True, box=True, ball=True, margins=margins, loss=hinge)
+
+
+@jax.jit
+def frobenius_norms(masked, part):
+    """Of the masked matrices of some examples."""
+
+    def one(rows, columns):
+        kept = rows.ravel()[:, None] & columns.ravel()[None]
+        return jnp.sqrt(jnp.sum(jnp.where(kept, masked.layer.matrix(), 0) ** 2)) * (1 + 1e-9)
+
+    return jax.vmap(one)(masked.rows[part], masked.columns[part])
+
+
+class Frobenius:
+    """A solver of norms: at most the Frobenius norm, and more than it by more than rounding is."""
+
+    claim = cohorts.Claim("frobenius", is_bound=True, draws_starts=False)
+    batch_size = 8
+
+    def init(self, masked, ceiling):
+        return np.full(len(masked), np.inf)
+
+    def advance(self, masked, part, state):
+        real = part[part < len(masked)]
+        state[real] = np.asarray(frobenius_norms(masked, part))[: len(real)]
+        return state
+
+    def enclose(self, masked, state):
+        count = len(masked)
+        return cohorts.Enclosure(np.full(count, np.nan), state, np.zeros(count, int), np.ones(count, bool))
+
+    def tightened(self, factor):
+        return self
+
+
+def own_solver(delta, rtol):
+    """A level."""
+    return Frobenius()
+
+
+class NearMisses(stages.Bounding):
+    """A stage that certifies: norms of their own for examples that no stage before has found to be far off."""
+
+    name = "near"
+
+    def asks(self, evidence, triage):
+        return evidence.undecided & ((evidence.prediction < 0) | (evidence.worst_margin > -0.1))
+
+    def __call__(self, certifier, evidence, places, batch, round_):
+        found = certifier.with_local_norms(batch.x, batch.label, self.radius(batch), batch.index)
+        evidence.learn(self.name, places, found)
+
+
+class RandomPoints(stages.Bounding):
+    """A stage that attacks, with one random point of each sphere."""
+
+    name = "random points"
+    certifies = False
+
+    def __call__(self, certifier, evidence, places, batch, round_):
+        noise = np.random.default_rng(0).standard_normal(batch.x.shape).astype(np.float32)
+        noise /= np.linalg.norm(noise.reshape(len(noise), -1), axis=1).reshape(-1, 1, 1, 1)
+        logits = certifier.inference(jnp.asarray(batch.x + self.eps * noise))
+        wrong = np.argmax(np.asarray(logits), axis=1) != np.asarray(batch.label)
+        evidence.refute(places, wrong[: len(places)])
+
+
 def small_digits(split):
     """A data set: digits of every second column and row, of three classes."""
     whole = data.load("digits", split)
@@ -128,18 +207,59 @@ ARGUMENTS = [
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("own") / "run"
-    commands.train(commands.Parser(), [*ARGUMENTS, f"--workdir={folder}"])
+    commands.train_command(commands.Parser(), [*ARGUMENTS, f"--workdir={folder}"])
     return folder
 
 
 def test_own_parts_train_and_certify_through_the_commands(workdir, tmp_path):
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     assert rows[-1]["worst_loss"] < rows[5]["worst_loss"]
-    commands.certify(commands.Parser(), [f"--workdir={workdir}", f"--output={tmp_path}", "--no-triage"])
+    commands.certify_command(commands.Parser(), [f"--workdir={workdir}", f"--output={tmp_path}", "--no-triage"])
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["dataset"] == f"{HERE}:small_digits"
     assert summary["certified_accuracy"] > 0.5
     assert summary["counts"]["certified_but_attacked"] == 0
+
+
+def test_a_solver_and_stages_are_named_in_options(workdir, tmp_path):
+    chosen = f"{HERE}:NearMisses,{HERE}:RandomPoints"
+    arguments = [f"--workdir={workdir}", f"--output={tmp_path}", f"--level={HERE}:own_solver", f"--stages={chosen}"]
+    commands.certify_command(commands.Parser(), [*arguments, "--eps=0.03"])
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert (summary["level"], summary["claim"]) == ("frobenius", "norms bounded from above")
+    assert summary["stages"] == ["near", "random points"]
+    assert summary["counts"]["decided"]["near"] > 0
+    assert summary["certified_accuracy_after"]["near"] == summary["certified_accuracy"]
+    with np.load(tmp_path / "certificates.npz") as file:
+        assert set(file["stage"]) <= {"prediction", "near", "random points", "undecided"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"level": "own"},
+            "level='own' is not known; give one of probabilistic, deterministic, estimate",
+        ),
+        ({"stages": (lambda eps: dataclasses.replace(NearMisses(eps)), "local", "global")}, "are not in order"),
+        ({"stages": (NearMisses, NearMisses)}, "a stage is called 'near'; give it a name of its own"),
+    ],
+)
+def test_levels_and_stages_that_are_none_are_named(options, message):
+    network = lipjax.chain(lipjax.dense(jnp.eye(2), jnp.zeros(2), (2,)))
+    with pytest.raises(ValueError, match=message):
+        lipjax.certify(network, jnp.ones((1, 2)), jnp.zeros(1, int), 0.1, key=jax.random.key(0), **options)
+
+
+def test_a_method_is_named_in_place_of_one_of_lipjax(tmp_path):
+    arguments = [f"--config={ROOT / 'configs' / 'digits.py'}:{HERE}:own_method", f"--workdir={tmp_path / 'run'}"]
+    rest = [argument for argument in ARGUMENTS[1:] if "method" not in argument and "epochs" not in argument]
+    commands.train_command(commands.Parser(), [*arguments, *rest, "--config.schedule.epochs=2"])
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["worst_loss"] > 0
+    assert lipjax.load_run(tmp_path / "run").config.method.name == f"{HERE}:own_method"
+    with pytest.raises(InputError, match=r"method\.norms=local: \S*own_method says that itself; leave it out"):
+        settings.parse([arguments[0], "--config.method.norms=local"])
 
 
 def test_the_script_finds_them_where_python_does(tmp_path):
@@ -170,13 +290,25 @@ def test_a_data_set_may_be_a_file(tmp_path):
 )
 def test_what_is_not_there_is_named(name, parts):
     with pytest.raises(InputError) as caught:
-        references.find(name, "method.loss")
+        references.find(name, "--config.method.loss")
     assert all(part in str(caught.value) for part in ("--config.method.loss", *parts))
     with pytest.raises(InputError, match=r"method\.loss"):
         settings.parse([f"--config={ROOT / 'configs' / 'digits.py'}", f"--config.method.loss={name}"])
 
 
 # What they are
+
+
+def test_the_solver_is_never_below_the_svd():
+    rng = np.random.default_rng(0)
+    layer = lipjax.dense(jnp.asarray(rng.standard_normal((5, 7)), jnp.float32), jnp.zeros(7), (5,))
+    rows, columns = rng.random((20, 7)) < 0.5, rng.random((20, 5)) < 0.5
+    with jax.enable_x64(True):
+        masked = cohorts.MaskedLayer(jax.tree.map(jnp.float64, layer), jnp.asarray(rows), jnp.asarray(columns), None)
+        found = cohorts.norms(Frobenius(), masked)
+    matrix = np.asarray(layer.matrix(), np.float64)
+    exact = [oracles.spectral_norm(matrix * np.outer(r, c)) for r, c in zip(rows, columns, strict=True)]
+    assert np.all(found.sigma >= np.array(exact))
 
 
 def test_the_layer_is_orthogonal_and_the_activation_has_its_minimum_on_a_grid():

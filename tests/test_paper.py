@@ -41,7 +41,7 @@ def small(monkeypatch):
     )
     monkeypatch.setitem(published.TABLES, "table1", Table("A small table", published.ACCURACIES, rows))
     # Compiles faster than true bounds.
-    monkeypatch.setattr(certifying, "certify", functools.partial(certifying.certify, level="estimate"))
+    monkeypatch.setattr(certifying, "certify_run", functools.partial(certifying.certify_run, level="estimate"))
     monkeypatch.setattr(published, "FIGURE_CELLS", dict.fromkeys(("Local-Lip-B", "BCP"), Cell("digits", "gloro")))
 
 
@@ -94,7 +94,7 @@ def test_a_table_is_measured_once_and_says_what_is_missing(small, workdir, monke
     with pytest.raises(InputError, match="digits-gloro-seed0 could not be made"):
         tables.table("table1", dataclasses.replace(changed, only="digits-gloro"))
     assert "learning_rate=0.01 differs from the run to resume" in capsys.readouterr().err
-    certifying.certify(workdir / "digits-gloro-seed0", eps=0.01, limit=20)
+    certifying.certify_run(workdir / "digits-gloro-seed0", eps=0.01, limit=20)
     again = lines_of(tables.table("table1", options(workdir, only="")))
     assert again["digits", "GloRo"] == shown["digits", "GloRo"]
 

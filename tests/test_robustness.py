@@ -21,7 +21,7 @@ from lipjax import (
 )
 from lipjax.certification.ledger import Ledger
 from lipjax.certification.robustness import _outward
-from lipjax.norms import levels
+from lipjax.norms import cohorts
 
 KINDS = ["dense clipped", "conv relu", "dense pairs"]  # one compilation each
 BATCH = 3
@@ -95,9 +95,9 @@ def test_local_constants_are_never_below_the_oracle_and_never_above_the_global_o
 def test_in_a_huge_ball_one_certifier_has_no_larger_local_constants_than_global_ones(network, seed):
     x = oracles.random_inputs(network, seed, BATCH)
     certifier = Certifier(network, BATCH, key=KEY, rtol=1e3)
-    local = certifier.locally(x, np.zeros(BATCH, np.int32), 100.0, np.arange(BATCH)).certificate.lipschitz
+    local = certifier.with_local_norms(x, np.zeros(BATCH, np.int32), 100.0, np.arange(BATCH)).certificate.lipschitz
     assert np.all(local <= certifier.global_lipschitz * (1 + 1e-15))
-    everywhere = certifier.globally(x, np.zeros(BATCH, np.int32), 100.0).certificate.lipschitz
+    everywhere = certifier.with_global_norms(x, np.zeros(BATCH, np.int32), 100.0).certificate.lipschitz
     np.testing.assert_allclose(everywhere, certifier.global_lipschitz, rtol=1e-14)
 
 
@@ -222,10 +222,10 @@ def test_a_certifier_refuses_inputs_and_labels_that_are_not_those_of_the_network
     certifier = Certifier(network, BATCH, key=KEY)
     index = np.arange(BATCH)
     with pytest.raises(ValueError, match="x has shape .*expected a batch"):
-        certifier.locally(np.moveaxis(np.asarray(x), -1, 1), label, 0.1, index)
+        certifier.with_local_norms(np.moveaxis(np.asarray(x), -1, 1), label, 0.1, index)
     with pytest.raises(ValueError, match=r"label\[0\] is .*expected classes from 0 to"):
-        certifier.globally(x, label + network.num_classes, 0.1)
-    certifier.locally(x, label, 0.1, index)  # what was refused has used up no start
+        certifier.with_global_norms(x, label + network.num_classes, 0.1)
+    certifier.with_local_norms(x, label, 0.1, index)  # what was refused has used up no start
 
 
 @pytest.mark.parametrize("function", ["certify", "local_lipschitz"])
@@ -277,9 +277,9 @@ def test_labels_that_do_not_fit_are_refused():
 
 def test_the_ledger_keeps_the_largest_gap_and_counts_each_start_once():
     ledger = Ledger(9, 1e-9)
-    found = levels.Norms(np.ones(3), np.array([2, 0, 2]), np.array([0.5, np.nan, 0.25]), np.array([True, False, True]))
+    found = cohorts.Norms(np.ones(3), np.array([2, 0, 2]), np.array([0.5, np.nan, 0.25]), np.array([True, False, True]))
     ledger.enter(found)
-    ledger.enter(levels.known(1.0, 2))  # norms that cost nothing have no gap
+    ledger.enter(cohorts.known(1.0, 2))  # norms that cost nothing have no gap
     assert (ledger.largest_gap, ledger.starts, ledger.products) == (0.5, 2, 4)
 
 
@@ -288,12 +288,12 @@ def test_the_ledger_counts_the_starts_of_the_whole_layers_and_of_every_example_a
     certifier = Certifier(network, 2 * BATCH, key=KEY, delta=1e-3, rounds=2)
     assert certifier.ledger.planned == 3 + 3 * 6 * 2
     assert certifier.ledger.delta_per_start * certifier.ledger.planned == pytest.approx(1e-3)
-    assert certifier.level.delta == certifier.ledger.delta_per_start
+    assert certifier.solver.delta == certifier.ledger.delta_per_start
     counts = [certifier.ledger.starts]
     for index, round_ in [([0, 1, 2], 0), ([3, 4, 5], 0), ([0, 1, 2], 1)]:
-        certifier.locally(x[index], label[index], 0.1, np.array(index), round_)
+        certifier.with_local_norms(x[index], label[index], 0.1, np.array(index), round_)
         counts.append(certifier.ledger.starts)
-    certifier.globally(x[:BATCH], label[:BATCH], 0.1)
+    certifier.with_global_norms(x[:BATCH], label[:BATCH], 0.1)
     assert [*counts, certifier.ledger.starts] == [3, 12, 21, 30, 30]
     assert 0 < certifier.ledger.largest_gap <= 1e-3
 
@@ -305,7 +305,7 @@ def constants_of(places, index, key=KEY, round_=0, rtol=1e3, delta=1e-6):
     """
     network, x, label = case("conv relu", seed=2, count=2 * BATCH, shift=0.3)
     certifier = Certifier(network, 2 * BATCH, key=key, rounds=2, rtol=rtol, delta=delta)
-    return certifier.locally(x[places], label[places], 0.05, np.array(index), round_).certificate.lipschitz
+    return certifier.with_local_norms(x[places], label[places], 0.05, np.array(index), round_).certificate.lipschitz
 
 
 def test_an_example_has_the_same_constant_in_any_batch_and_order():

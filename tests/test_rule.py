@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import lipjax
 from lipjax.bounds import ascent, dual
 from lipjax.bounds.rule import initial_rule
-from lipjax.experiments import certifying, data, recipe, runs
+from lipjax.experiments import certifying, recipe, runs
 from lipjax.experiments import settings as configs
 from lipjax.training import methods
 from lipjax.training.checkpoints import Checkpoints
@@ -127,11 +127,10 @@ def finished(tmp_path_factory):
 
 
 def test_the_rule_is_trained_and_lies_in_both_checkpoints(finished):
-    config, dataset = shrunk("local_dual"), data.load("digits", "test")
     found = {}
     for which in ("best", "last"):
-        model, rule, _ = recipe.restore_model(finished, config, dataset, which)
-        start = initial_rule(lipjax.from_flax(model, dataset.images.shape[1:]))
+        run = lipjax.load_run(finished, which)
+        rule, start = run.rule, initial_rule(run.network)
         assert jax.tree.structure(rule) == jax.tree.structure(start)
         moved = jax.tree.map(lambda now, then: float(np.abs(now - then).max()), rule, start)
         assert all(value > 1e-4 for value in jax.tree.leaves(moved))
@@ -179,7 +178,7 @@ def test_certification_starts_from_the_rule(finished, tmp_path, monkeypatch):
 
     monkeypatch.setattr(certifying, "evaluate", watched)
     options = {"limit": 6, "batch_size": 6, "eps": 0.05, "stages": ("global", "dual"), "dual_steps": 3}
-    certifying.certify(finished, output=tmp_path, **options)
+    certifying.certify_run(finished, output=tmp_path, **options)
     assert isinstance(given[0], lipjax.Rule)
 
 

@@ -15,8 +15,8 @@ import jax
 import numpy as np
 import pytest
 
-from lipjax.experiments import certifying, data, recipe, runs, settings
-from lipjax.reading import flax
+import lipjax
+from lipjax.experiments import certifying, data, runs, settings
 
 ROOT = pathlib.Path(__file__).parents[1]
 SHRUNK = [
@@ -162,7 +162,8 @@ def test_certify_reads_the_run_and_writes_all_files(finished, tmp_path):
 def test_results_do_not_depend_on_the_batch_size(finished, tmp_path):
     workdir, _ = finished
     found = [
-        certifying.certify(workdir, limit=12, batch_size=size, output=tmp_path / str(size))["counts"] for size in (6, 5)
+        certifying.certify_run(workdir, limit=12, batch_size=size, output=tmp_path / str(size))["counts"]
+        for size in (6, 5)
     ]
     assert found[0] == found[1]
     with np.load(tmp_path / "6" / "certificates.npz") as a, np.load(tmp_path / "5" / "certificates.npz") as b:
@@ -172,12 +173,10 @@ def test_results_do_not_depend_on_the_batch_size(finished, tmp_path):
 
 def test_restored_model_is_an_ordinary_flax_model(finished):
     workdir, _ = finished
-    config = settings.load(workdir)
-    model, _, facts = recipe.restore_model(workdir, config, data.load("digits", "test"), "last")
+    run = lipjax.load_run(workdir, "last")
     images = data.load("digits", "test").images[:5].astype(np.float32) / 16
-    network = flax.from_flax(model, images.shape[1:])
-    np.testing.assert_allclose(model(images), network(images), atol=1e-5)
-    assert facts["epoch"] == 3
+    np.testing.assert_allclose(run.model(images), run.network(images), atol=1e-5)
+    assert run.checkpoint["epoch"] == 3
 
 
 @pytest.mark.parametrize("method", ["local_gloro", "local_dual"])
@@ -206,22 +205,21 @@ def test_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoin
 
 def test_without_a_validation_split_best_is_last(tmp_path):
     config = shrunk("gloro", "--config.data.validation=0", "--config.schedule.epochs=1")
-    runs.train(config, tmp_path / "run", resume=False)
-    _, _, facts = recipe.restore_model(tmp_path / "run", config, data.load("digits", "test"), "best")
-    assert facts["checkpoint"] == "last"
-    assert facts["epoch"] == 1
+    run = lipjax.train(config, tmp_path / "run")
+    assert run.checkpoint["checkpoint"] == "last"
+    assert run.checkpoint["epoch"] == 1
 
 
 def test_eps_is_the_exact_fraction_and_not_three_digits_of_it(finished, tmp_path, capsys):
     workdir, _ = finished
-    certifying.certify(workdir, eps=36 / 255, limit=6, output=tmp_path)
+    certifying.certify_run(workdir, eps=36 / 255, limit=6, output=tmp_path)
     assert json.loads((tmp_path / "summary.json").read_text())["eps"] == 36 / 255 != 0.141
     assert "eps 0.141176" in capsys.readouterr().out
 
 
 def test_the_shipped_digits_run_is_read_at_once(tmp_path):
     shipped = ROOT / "results" / "digits"
-    found = certifying.certify(shipped, limit=12, output=tmp_path)
+    found = certifying.certify_run(shipped, limit=12, output=tmp_path)
     stated = json.loads((shipped / "summary.json").read_text())
     assert found["params_sha256"] == stated["params_sha256"]
     assert stated["certified_accuracy"] > 0.55

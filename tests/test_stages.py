@@ -16,6 +16,7 @@ from lipjax.certification import stages
 from lipjax.experiments import data, evaluation
 from lipjax.experiments.evaluation import evaluate
 from lipjax.experiments.reports import print_table
+from lipjax.norms import solvers
 
 COUNT, EPS = 60, 0.085
 OPTIONS = {"batch_size": 20, "dual_steps": 21}
@@ -82,7 +83,7 @@ def test_level_estimate_stays_at_the_stages_of_the_paper():
     found = evaluated(level="estimate")
     assert found.summary["stages"] == ["global", "attack", "local"]
     np.testing.assert_array_equal(found.columns["attacked"], found.columns["broken_by_pgd"])
-    with pytest.raises(ValueError, match="stages name 'dual', which is a proof, but level 'estimate' is none"):
+    with pytest.raises(ValueError, match="name 'dual', which is a proof, but level='estimate' is none"):
         evaluate(*subject(), EPS, **OPTIONS, level="estimate", stages=("global", "dual"))
 
 
@@ -97,7 +98,7 @@ def test_level_estimate_stays_at_the_stages_of_the_paper():
 )  # fmt: skip
 def test_ladders_that_are_none_are_named(names, message):
     with pytest.raises(ValueError, match=message):
-        stages.checked_names(names)
+        stages.chosen_stages(names, solvers.Lanczos.claim)
 
 
 # Domains
@@ -254,12 +255,12 @@ def test_certify_py_resumes_or_begins_anew(monkeypatch, tmp_path):
     with monkeypatch.context() as patch:
         killed_after(patch, 1)
         with pytest.raises(Killed):
-            certifying.certify(run, **options)
+            certifying.certify_run(run, **options)
     assert (tmp_path / certifying.PROGRESS).exists()
     seen = []
     lap = evaluation.ProgressFile.lap
     monkeypatch.setattr(evaluation.ProgressFile, "lap", lambda *arguments: (seen.append(1), lap(*arguments)))
-    summary = certifying.certify(run, resume=True, **options)
+    summary = certifying.certify_run(run, resume=True, **options)
     assert len(seen) == 1  # of two batches
     assert not (tmp_path / certifying.PROGRESS).exists()
     assert json.loads((tmp_path / "summary.json").read_text())["counts"] == summary["counts"]

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +26,8 @@ from lipjax.certification.pairs import Ascent, Starts, proven_margins
 from lipjax.networks.graph import Network, check_network
 from lipjax.networks.layers import Affine, Scale
 from lipjax.networks.regions import check_domain, check_eps, l2_ball
-from lipjax.norms import levels, spectral
+from lipjax.norms import cohorts, solvers, spectral, starts
+from lipjax.norms.cohorts import MaskedLayer, Norms
 
 LEAST_EPS = 1e-100
 CHECK_ITERS, CHECK_TOLERANCE = 20, 1e-3  # of norms that layers say of themselves, in float32
@@ -33,8 +35,8 @@ CHECK_ITERS, CHECK_TOLERANCE = 20, 1e-3  # of norms that layers say of themselve
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Found:
-    """Bounds of N examples.
+class Certification:
+    """The certificates of N examples, and what they rest on.
 
     Attributes:
         certificate: of each example.
@@ -54,7 +56,7 @@ class Found:
     finite: np.ndarray
     dual_steps: np.ndarray
 
-    def at(self, places: np.ndarray) -> Found:
+    def at(self, places: np.ndarray) -> Certification:
         """What was found for the examples at some places of the batch."""
         return jax.tree.map(lambda leaf: leaf[places], self)
 
@@ -68,7 +70,8 @@ class Certifier:
     Args:
         network: the classifier, with parameters of float32 or float64.
         examples: how many examples there will be.
-        level: ``"probabilistic"``, ``"deterministic"`` or ``"estimate"``.
+        level: ``"probabilistic"``, ``"deterministic"`` or ``"estimate"``; or a function of a user, from the probability
+            of failure of ONE start and ``rtol`` to a :class:`lipjax.norms.cohorts.Solver`, whose claim is trusted.
         delta: total probability that any bound is wrong.
         key: the starts are drawn from it; it must not depend on the examples or on the network.
         rounds: how often each example may be bounded.
@@ -85,7 +88,7 @@ class Certifier:
         network: Network,
         examples: int,
         *,
-        level: str = "probabilistic",
+        level: str | solvers.Level = "probabilistic",
         delta: float = 1e-6,
         key: Array | None = None,
         rounds: int = 1,
@@ -97,21 +100,26 @@ class Certifier:
         self.examples, self.rounds, self.domain = examples, rounds, domain
         self.used = np.zeros((rounds, examples), bool)
         planned = len(network.layers) * (1 + examples * rounds)
-        self.level = levels.level_of(level, planned, delta, rtol)
-        if key is None and self.level.name == "probabilistic":
+        self.solver = solvers.solver_of(level, planned, delta, rtol)
+        if key is None and self.claim.may_fail:
             raise ValueError(
-                "key=None: the level 'probabilistic' draws random starts; give key=jax.random.key(seed) with a seed "
-                "that does not depend on the data"
+                f"key=None: the level {self.claim.name!r} draws random starts; give key=jax.random.key(seed) with a "
+                "seed that does not depend on the data"
             )
         self.key = jax.random.key(0) if key is None else key
         check_start_key(self.key)
         rounding.check_range(network)
-        self.ledger = Ledger(planned, getattr(self.level, "delta", math.nan))
-        frozen = network.frozen()  # in the precision of inference
+        self.ledger = Ledger(planned, delta / max(1, planned) if self.claim.may_fail else math.nan)
+        self.inference = network.frozen()  # the network in the precision that certificates are about
         with self._precision():
-            self.network = frozen.astype(self.level.dtype)
+            self.network = self.inference.astype(self.claim.dtype)
             self.sigmas = self._global_norms()
         check_known_norms(network)
+
+    @property
+    def claim(self) -> cohorts.Claim:
+        """What is said rests on norms that are worth this."""
+        return self.solver.claim
 
     @property
     def global_lipschitz(self) -> float:
@@ -119,15 +127,12 @@ class Certifier:
         constant = self.network.lipschitz(self.sigmas)
         return float(self._arithmetic.constant(constant, len(self.network.nodes) + 1))
 
-    def globally(self, x: Array, label: Array, eps: Array | float) -> Found:
+    def with_global_norms(self, x: Array, label: Array, eps: Array | float) -> Certification:
         """Certificates of a batch with the norms of the whole layers: no start is drawn, no iteration is made."""
 
-        def known(place: int, layer: Affine, rows: Array, columns: Array) -> levels.Norms:
-            return levels.known(self.sigmas[place], len(rows))
+        return self._certify(x, label, eps, lambda masked: cohorts.known(self.sigmas[masked.place], len(masked)))
 
-        return self._certify(x, label, eps, known)
-
-    def locally(
+    def with_local_norms(
         self,
         x: Array,
         label: Array,
@@ -135,7 +140,7 @@ class Certifier:
         index: Array | np.ndarray,
         round_: int = 0,
         ceilings: np.ndarray | None = None,
-    ) -> Found:
+    ) -> Certification:
         """Certificates of a batch with each example's own norms, or those of the whole layers where they are smaller.
 
         Args:
@@ -160,8 +165,8 @@ class Certifier:
             )
         known = np.broadcast_to(self.sigmas, (len(places), len(self.sigmas)))
         ceilings = known if ceilings is None else np.minimum(known, ceilings)
-        first, same = _firsts(places, x, label, np.broadcast_to(np.asarray(eps), places.shape), ceilings)
-        if self.level.name == "probabilistic":
+        first, same = _first_places(places, x, label, np.broadcast_to(np.asarray(eps), places.shape), ceilings)
+        if self.claim.may_fail:
             if self.used[round_, places].any():
                 again = places[self.used[round_, places]][0]
                 raise ValueError(
@@ -169,18 +174,14 @@ class Certifier:
                     "use the next round"
                 )
             self.used[round_, places] = True
-        keys = jax.vmap(functools.partial(jax.random.fold_in, jax.random.fold_in(self.key, 1 + round_)))(index)
+        keys = starts.keys_of_examples(self.key, index, round_)
 
-        def solve(place: int, layer: Affine, rows: Array, columns: Array) -> levels.Norms:
-            found = self._by_construction(layer, rows, columns)
-            if found is None:
-                found = self.level(place, layer, rows, columns, keys, ceilings[:, place], first)
-                self.ledger.enter(found)
-            return found
+        def norms(masked: MaskedLayer) -> Norms:
+            return self._norms(self.solver, masked, ceilings[:, masked.place], first)
 
-        return self._certify(x, label, eps, solve).at(same)
+        return self._certify(x, label, eps, norms, keys).at(same)
 
-    def dually(
+    def by_dual(
         self,
         x: Array,
         label: Array,
@@ -192,7 +193,7 @@ class Certifier:
         asked: np.ndarray | None = None,
         starts: Starts | None = None,
         index: np.ndarray | None = None,
-    ) -> Found:
+    ) -> Certification:
         """Certificates of a batch by the dual, with norms that were found before: no start is drawn.
 
         Args:
@@ -210,28 +211,33 @@ class Certifier:
         Raises:
             ValueError: the level is no bound, or inputs and labels that are not those of the network.
         """
-        if not self.level.is_bound:
+        if not self.claim.is_bound:
             raise ValueError(
-                f"level={self.level.name!r} is no proof, and the dual is one: give a level that is a bound"
+                f"level={self.claim.name!r} is no proof, and the dual is one: give a level that is a bound"
             )
         self._check(x, label)
         with self._precision():
             bounds = self._bound(x, eps, lambda place, *_: (sigmas[:, place], None), rows)
-            found, forward = _decide(self.network, bounds, jnp.asarray(label), self.level.name)
+            found, forward = _decide(self.network, bounds, jnp.asarray(label), self.claim.name)
             mine = np.asarray((found.prediction == label) & bounds.features.finite)
             mine = mine if asked is None else mine & asked
             forward = np.asarray(forward)
             margins, steps = proven_margins(
                 self.network, bounds, np.asarray(label), forward, mine, options, starts, index
             )
-            certificate = _improved(self.network, bounds, jnp.asarray(margins), jnp.asarray(label), self.level.name)
-            return _found(bounds, certificate, np.zeros_like(sigmas), steps)
+            certificate = _improved(self.network, bounds, jnp.asarray(margins), jnp.asarray(label), self.claim.name)
+            return _certification(bounds, certificate, np.zeros_like(sigmas), steps)
 
     def _certify(
-        self, x: Array, label: Array, eps: Array | float, solve: Callable[[int, Affine, Array, Array], levels.Norms]
-    ) -> Found:
+        self,
+        x: Array,
+        label: Array,
+        eps: Array | float,
+        norms: Callable[[MaskedLayer], Norms],
+        keys: Array | None = None,
+    ) -> Certification:
         def ask(place: int, layer: Affine, rows: Array, columns: Array) -> tuple[np.ndarray, np.ndarray]:
-            found = solve(place, layer, rows, columns)
+            found = norms(MaskedLayer(layer, rows, columns, keys, place))
             return found.sigma, found.products
 
         self._check(x, label)
@@ -239,16 +245,16 @@ class Certifier:
             bounds = self._bound(x, eps, ask)
             products = np.asarray(bounds.handed_back, np.float64).reshape(-1, len(x)).T
             bounds = dataclasses.replace(bounds, handed_back=())
-            certificate, _ = _decide(self.network, bounds, jnp.asarray(label), self.level.name)
-            return _found(bounds, certificate, products, np.zeros(len(x), int))
+            certificate, _ = _decide(self.network, bounds, jnp.asarray(label), self.claim.name)
+            return _certification(bounds, certificate, products, np.zeros(len(x), int))
 
     def _bound(self, x: Array, eps: Array | float, ask: propagation.Ask, rows: Rows | None = None) -> Bounds:
         check_eps(x, eps)
         tiny = np.extract((np.asarray(eps) > 0) & (np.asarray(eps) < LEAST_EPS), eps)
         if tiny.size:
             raise ValueError(f"eps is {tiny[0]!s}; expected 0, or at least {LEAST_EPS:g}: smaller radii leave float64")
-        inputs = jnp.asarray(np.asarray(x, self.level.dtype))
-        region = l2_ball(inputs, np.asarray(eps, self.level.dtype), self.domain)
+        inputs = jnp.asarray(np.asarray(x, self.claim.dtype))
+        region = l2_ball(inputs, np.asarray(eps, self.claim.dtype), self.domain)
         return propagation.propagate(self.network, region, ask, self._arithmetic, rows=rows)
 
     def _check(self, x: Array, label: Array) -> None:
@@ -258,31 +264,29 @@ class Certifier:
 
     def _global_norms(self) -> np.ndarray:
         # Much tighter than the local ones: those are bounded by it, and done as soon as they come near.
-        level = self.level
-        if isinstance(level, levels.Lanczos):
-            level = dataclasses.replace(level, rtol=level.rtol / 20)
-        found = []
-        for place, layer in enumerate(self.network.layers):
-            masks = jnp.ones((1, *layer.out_shape), bool), jnp.ones((1, *layer.in_shape), bool)
-            norm = self._by_construction(layer, *masks)
-            if norm is None:
-                norm = level(place, layer, *masks, jax.random.fold_in(self.key, 0)[None], np.inf)
-                self.ledger.enter(norm)
-            found.append(norm.sigma[0])
+        solver, key = self.solver.tightened(20), starts.key_of_whole(self.key)
+        layers = enumerate(self.network.layers)
+        found = [self._norms(solver, cohorts.whole(layer, place, key)).sigma[0] for place, layer in layers]
         return np.asarray(found, np.float64)
 
-    def _by_construction(self, layer: Affine, rows: Array, columns: Array) -> levels.Norms | None:
-        """What a layer knows; in a proof that of a diagonal alone, which is exact."""
-        if self.level.is_bound and type(layer) is not Scale:
-            return None
-        return levels.by_construction(layer, rows, columns)
+    def _norms(
+        self, solver: cohorts.Solver, masked: MaskedLayer, ceiling: Any = np.inf, only: np.ndarray | None = None
+    ) -> Norms:
+        """What a layer knows, in a proof that of a diagonal alone, which is exact; or what a solver finds."""
+        if not self.claim.is_bound or type(masked.layer) is Scale:
+            found = cohorts.by_construction(masked)
+            if found is not None:
+                return found
+        found = cohorts.norms(solver, masked, ceiling, only)
+        self.ledger.enter(found)
+        return found
 
     @property
     def _arithmetic(self) -> Arithmetic:
-        return FLOAT32 if self.level.is_bound else EXACT
+        return FLOAT32 if self.claim.is_bound else EXACT
 
     def _precision(self) -> contextlib.AbstractContextManager:
-        if self.level.dtype == np.float64:
+        if self.claim.dtype == np.float64:
             return jax.enable_x64(True)
         return contextlib.nullcontext()
 
@@ -290,8 +294,7 @@ class Certifier:
 def check_known_norms(network: Network) -> None:
     """Raises ValueError where a layer says of itself a norm that a lower bound of it exceeds."""
     for place, layer in enumerate(network.layers):
-        sides = (layer.out_shape, layer.in_shape)
-        said = levels.by_construction(layer, *(jnp.ones((1, *side), bool) for side in sides))
+        said = cohorts.by_construction(cohorts.whole(layer, place))
         if said is None:
             continue
         linear_map = layer.linear_map().from_smaller_side()
@@ -304,16 +307,16 @@ def check_known_norms(network: Network) -> None:
             )
 
 
-def _found(bounds: Bounds, certificate: Certificate, products: np.ndarray, steps: np.ndarray) -> Found:
+def _certification(bounds: Bounds, certificate: Certificate, products: np.ndarray, steps: np.ndarray) -> Certification:
     count = len(steps)
     shares = [np.asarray(jnp.mean(live.reshape(count, -1), axis=1)) for live in bounds.live]
     live = np.asarray(shares, np.float64).reshape(-1, count).T
     sigmas = np.asarray(bounds.sigmas, np.float64)
     rows, finite = tuple(map(np.asarray, bounds.rows)), np.asarray(bounds.features.finite)
-    return Found(jax.tree.map(np.asarray, certificate), sigmas, rows, live, products, finite, steps)
+    return Certification(jax.tree.map(np.asarray, certificate), sigmas, rows, live, products, finite, steps)
 
 
-def _firsts(places: np.ndarray, *given: Array | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _first_places(places: np.ndarray, *given: Array | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Where each example stands first, and for all of the batch where the same one does; ValueError unless it is."""
     _, first, of = np.unique(places, return_index=True, return_inverse=True)
     arrays = [np.asarray(array) for array in given]

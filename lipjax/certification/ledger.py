@@ -7,7 +7,7 @@ import math
 
 import numpy as np
 
-from lipjax.norms import levels
+from lipjax.norms.cohorts import Norms
 
 
 @dataclasses.dataclass
@@ -28,7 +28,7 @@ class Ledger:
     products: int = 0
     largest_gap: float = math.nan
 
-    def enter(self, found: levels.Norms) -> None:
+    def enter(self, found: Norms) -> None:
         """Count what was spent on some norms."""
         self.starts += int(found.drawn.sum())
         self.products += int(found.products.sum())

@@ -8,9 +8,9 @@ from collections.abc import Callable
 
 import numpy as np
 
-from lipjax.certification.certifier import Certifier, Found
+from lipjax.certification.certifier import Certification, Certifier
 from lipjax.certification.pairs import Ascent, Starts
-from lipjax.certification.stages import Batch, Evidence
+from lipjax.certification.stages import Evidence, Examples
 
 # A test takes radii (N,), the places among N that are asked for, and the round; it says which of those pass.
 Test = Callable[[np.ndarray, np.ndarray, int], np.ndarray]
@@ -84,7 +84,7 @@ def certified_radii(
     """
     count = len(x)
     max_eps = math.sqrt(x[0].size) if max_eps is None else max_eps
-    clean = certifier.globally(x, label, 0.0).certificate
+    clean = certifier.with_global_norms(x, label, 0.0).certificate
     low = np.zeros(count) if low is None else low
     high = np.where(clean.prediction == label, np.inf if high is None else high, 0.0)
     slope = _steepest(certifier, label)
@@ -93,7 +93,7 @@ def certified_radii(
     guess = np.clip(np.where(np.isfinite(guess), guess, max_eps), tol, max_eps)
 
     def with_global_norms(eps: np.ndarray, places: np.ndarray, _: int) -> np.ndarray:
-        return certifier.globally(x, label, eps).certificate.certified[places]
+        return certifier.with_global_norms(x, label, eps).certificate.certified[places]
 
     limits = {"max_eps": max_eps, "tol": tol}
     if "global" in stages:
@@ -104,29 +104,29 @@ def certified_radii(
 
     starts: Starts = {}
 
-    def dually(eps: np.ndarray, asked: np.ndarray, wanted: np.ndarray, found: Found) -> np.ndarray:
+    def by_dual(eps: np.ndarray, asked: np.ndarray, wanted: np.ndarray, found: Certification) -> np.ndarray:
         arguments = {"sigmas": found.sigmas, "rows": found.rows, "options": options or Ascent()}
         batch = x[asked], label[asked], eps[asked]
-        refined = certifier.dually(*batch, **arguments, asked=wanted, starts=starts, index=asked)
+        refined = certifier.by_dual(*batch, **arguments, asked=wanted, starts=starts, index=asked)
         return refined.certificate.certified
 
     def with_local_norms(eps: np.ndarray, places: np.ndarray, round_: int) -> np.ndarray:
         asked = np.resize(places, _padded(len(places), count))
         if "local" not in stages:
-            found = certifier.globally(x[asked], label[asked], eps[asked])
+            found = certifier.with_global_norms(x[asked], label[asked], eps[asked])
             return _passed(found, eps, asked, len(places))
         nested = np.where((eps <= known)[:, None], ceilings, np.inf)
-        found = certifier.locally(x[asked], label[asked], eps[asked], index[asked], round_, nested[asked])
+        found = certifier.with_local_norms(x[asked], label[asked], eps[asked], index[asked], round_, nested[asked])
         ok, (sigmas, finite) = _passed(found, eps, asked, len(places)), (found.sigmas, found.finite)
         kept = ~ok & finite[: len(places)] & (eps[places] <= known[places])
         ceilings[places[kept]], known[places[kept]] = sigmas[: len(places)][kept], eps[places[kept]]
         return ok
 
-    def _passed(found: Found, eps: np.ndarray, asked: np.ndarray, real: int) -> np.ndarray:
+    def _passed(found: Certification, eps: np.ndarray, asked: np.ndarray, real: int) -> np.ndarray:
         ok = found.certificate.certified.copy()
         wanted = ~ok & (np.arange(len(asked)) < real)
         if "dual" in stages and wanted.any():
-            ok |= dually(eps, asked, wanted, found)
+            ok |= by_dual(eps, asked, wanted, found)
         return ok[:real]
 
     rounds = range(first_round, certifier.rounds) if {"local", "dual"} & set(stages) else range(0)
@@ -149,6 +149,7 @@ class Radius:
     options: Ascent
     names: tuple[str, ...]
     name = "radius"
+    certifies = False
     rounds = 1
 
     def title(self, round_: int) -> str:
@@ -157,7 +158,9 @@ class Radius:
     def asks(self, evidence: Evidence, triage: bool) -> np.ndarray:
         return evidence.correct
 
-    def __call__(self, certifier: Certifier, evidence: Evidence, places: np.ndarray, batch: Batch, round_: int) -> None:
+    def __call__(
+        self, certifier: Certifier, evidence: Evidence, places: np.ndarray, batch: Examples, round_: int
+    ) -> None:
         certified = evidence.certified[batch.index]
         found = certified_radii(
             *(certifier, np.asarray(batch.x), np.asarray(batch.label), batch.index),

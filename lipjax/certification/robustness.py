@@ -21,15 +21,31 @@ from lipjax.certification.certifier import Certifier
 from lipjax.certification.checks import check_batch, check_labels, check_start_key
 from lipjax.certification.pairs import Ascent
 from lipjax.certification.radius import certified_radii
-from lipjax.certification.stages import BOUNDING, Batch, Dual, Global, Local, checked_names, climb, no_evidence
-from lipjax.networks.graph import Network
+from lipjax.certification.stages import (
+    BOUNDING,
+    Dual,
+    Examples,
+    Global,
+    Local,
+    StageOf,
+    chosen_stages,
+    climb,
+    ladder_of,
+    no_evidence,
+)
+from lipjax.networks.graph import Network, check_network
+from lipjax.networks.layers import Bilinear, dense
 from lipjax.networks.regions import (
     check_domain,
     check_eps,
     check_pixels,
     l2_ball,
 )
-from lipjax.norms import estimates
+from lipjax.norms import estimates, starts
+from lipjax.norms.solvers import Level
+
+Output = str | tuple[int, int]  # of a network: "features", "logits", or two classes, for the difference of their logits
+ROUNDED = 2.0**-22  # more than the difference of two numbers of float32, or a product, is rounded by, relatively
 
 
 def certify(
@@ -38,11 +54,11 @@ def certify(
     label: Array,
     eps: Array | float,
     *,
-    level: str = "probabilistic",
+    level: str | Level = "probabilistic",
     delta: float = 1e-6,
     key: Array | None = None,
     rtol: float = 1e-3,
-    stages: Sequence[str] | None = None,
+    stages: Sequence[str | StageOf] | None = None,
     dual_steps: int = 60,
     rule: Rule | None = None,
     domain: str = "ball",
@@ -57,12 +73,13 @@ def certify(
         x: inputs (B, ...) in [0, 1] pixels.
         label: integers (B,).
         eps: l2 radius, scalar or one per input (B,), in pixels.
-        level: ``"probabilistic"``, ``"deterministic"`` or ``"estimate"``: what the spectral norms are worth.
+        level: ``"probabilistic"``, ``"deterministic"`` or ``"estimate"``: what the spectral norms are worth; or a
+            solver of your own, see :class:`lipjax.Certifier`.
         delta: total probability that anything returned is wrong, for ``"probabilistic"``.
         key: draws the random starts; not used for anything else, and independent of x and of the network.
         rtol: relative gap at which a norm is tight enough.
         stages: some of ``("global", "local", "dual")``, in this order; default all, at level ``"estimate"`` the first
-            two.
+            two. Functions of your own, from ``eps`` to a :class:`lipjax.certification.stages.Stage`, may be anywhere.
         dual_steps: steps of ascent for each rival, in the dual.
         rule: trained slopes that the dual may start from.
         domain: ``"ball"``, the whole l2 ball, or ``"pixels"``, what of it lies in [0, 1]: the claim is about those
@@ -83,13 +100,13 @@ def certify(
     """
     _check(network, x, eps)
     _check_classes(network, x, label)
-    names = _stages(stages, level)
     certifier = Certifier(network, len(x), level=level, delta=delta, key=key, rtol=rtol, domain=domain)
     check_domain(x, domain)
     known = {"global": Global(eps), "local": Local(eps), "dual": Dual(eps, _ascent(dual_steps, rule))}
+    ladder = ladder_of(chosen_stages(stages, certifier.claim, BOUNDING), known, eps)
     evidence = no_evidence(certifier, np.asarray(label))
-    climb(tuple(known[name] for name in names), certifier, evidence, functools.partial(_whole, x, label))
-    found = evidence.certificate(level, domain)
+    climb(ladder, certifier, evidence, functools.partial(_whole, x, label))
+    found = evidence.certificate(certifier.claim.name, domain)
     return dataclasses.replace(
         found,
         prediction=jnp.asarray(found.prediction),
@@ -147,16 +164,20 @@ def certified_radius(
             raise ValueError(f"{name}={value!r} cannot be used; give a finite number more than 0, in pixels")
     if not (isinstance(max_rounds, numbers.Integral) and max_rounds > 0):
         raise ValueError(f"max_rounds={max_rounds!r} cannot be used; give an integer more than 0")
-    names, ascent = _stages(stages, options.get("level", "probabilistic")), _ascent(dual_steps, rule)
-    certifier = Certifier(network, len(x), rounds=max_rounds, **options)
+    ascent, certifier = _ascent(dual_steps, rule), Certifier(network, len(x), rounds=max_rounds, **options)
+    names = chosen_stages(stages, certifier.claim, BOUNDING)
+    if any(map(callable, names)):
+        raise ValueError("stages of a radius have to be names: some of " + ", ".join(BOUNDING))
     check_domain(x, certifier.domain)
     batch = (np.asarray(x), np.asarray(label), np.arange(len(x)))
     radii = certified_radii(certifier, *batch, max_eps=max_eps, tol=tol, stages=names, options=ascent)
     return _outward(radii, -np.inf)
 
 
-def local_lipschitz(network: Network, x: Array, eps: Array | float, **options: Any) -> Array:
-    """The local Lipschitz constant of the feature map (last dense layer excluded) on the eps-ball around each input.
+def local_lipschitz(
+    network: Network, x: Array, eps: Array | float, *, of: Output = "features", **options: Any
+) -> Array:
+    """The local Lipschitz constant of the features, of the logits or of a margin on the eps-ball around each input.
 
     The product of the norms of the layers with the rows and columns dropped whose neurons are constant on the ball:
     ``||phi(x') - phi(x'')|| <= L ||x' - x''||`` for any two points of the ball [H21 Eq 6].
@@ -165,6 +186,8 @@ def local_lipschitz(network: Network, x: Array, eps: Array | float, **options: A
         network: the classifier.
         x: inputs (B, ...), in [0, 1] pixels.
         eps: l2 radius of the balls, scalar or one per input (B,), in pixels.
+        of: ``"features"``, what the last layer takes; ``"logits"``; or two classes ``(i, j)``, for the difference of
+            their logits.
         **options: ``level``, ``delta``, ``key`` and ``rtol`` as of :func:`certify`. With ``level="estimate"`` the
             function may be traced (``jit``, ``vmap``, ``grad``).
 
@@ -178,20 +201,24 @@ def local_lipschitz(network: Network, x: Array, eps: Array | float, **options: A
         TypeError: x is traced at a level that is a bound, or no float32 or float64.
         ValueError: x is not a batch of inputs of the network, or an option cannot be used.
     """
-    _check(network, x, eps, traced=options.get("level") == "estimate")
-    if options.get("level") == "estimate":
-        norm = _estimate(**options)
-        return propagation.propagate(network, l2_ball(x, eps), norm).lipschitz
-    label = jnp.zeros(len(x), jnp.int32)
-    certifier = Certifier(network, len(x), **options)
-    return _outward(certifier.locally(x, label, eps, jnp.arange(len(x))).certificate.lipschitz, np.inf)
+    estimated = options.get("level") == "estimate"
+    _check(network, x, eps, traced=estimated)
+    network, factor = _up_to(network, of)
+    if estimated:
+        key, whole = _estimates(network, options)
+        ask = estimates.Estimate(starts.keys_of_examples(key, jnp.arange(len(x))), ceilings=whole)
+        return factor * propagation.propagate(network, l2_ball(x, eps), ask).lipschitz
+    certifier, index = Certifier(network, len(x), **options), np.arange(len(x))
+    found = certifier.with_local_norms(x, jnp.zeros(len(x), jnp.int32), eps, index)
+    return _outward(factor * found.certificate.lipschitz, np.inf)
 
 
-def global_lipschitz(network: Network, **options: Any) -> Array:
-    """The product of the norms of the whole layers up to the features: a constant for any two inputs.
+def global_lipschitz(network: Network, *, of: Output = "features", **options: Any) -> Array:
+    """The product of the norms of the whole layers: a constant for any two inputs.
 
     Args:
         network: the classifier.
+        of: of what, as of :func:`local_lipschitz`.
         **options: ``level``, ``delta``, ``key`` and ``rtol`` as of :func:`certify`.
 
     Returns:
@@ -200,22 +227,44 @@ def global_lipschitz(network: Network, **options: Any) -> Array:
     Soundness:
         As of :func:`certify`.
     """
+    check_network(network)
+    network, factor = _up_to(network, of)
     if options.get("level") == "estimate":
-        return jnp.asarray(network.lipschitz(estimates.whole_norms(network.layers, _estimate(**options))[0]))
-    return _outward(np.float64(Certifier(network, 0, **options).global_lipschitz), np.inf)
+        return jnp.asarray(factor * network.lipschitz(_estimates(network, options)[1]))
+    return _outward(np.float64(factor * Certifier(network, 0, **options).global_lipschitz), np.inf)
 
 
-def _stages(stages: Sequence[str] | None, level: str) -> tuple[str, ...]:
-    """The names of the stages of a level."""
-    if stages is None:
-        return BOUNDING if level != "estimate" else ("global", "local")
-    names = checked_names(stages, BOUNDING)
-    if level == "estimate" and "dual" in names:
-        raise ValueError(
-            f"stages={','.join(names)} end in a proof, which level='estimate' is not; leave out 'dual', or give a "
-            "level that is a bound"
-        )
-    return names
+def _up_to(network: Network, of: Output) -> tuple[Network, float]:
+    """A network whose features are what is asked about, and what its constant is to be multiplied by.
+
+    The difference of two rows in the precision of the layer is off by half a unit in the last place. Rows of a layer
+    that is not linear in a kernel are not known that well: there the constant of the logits is taken.
+    """
+    if of == "features":
+        return network, 1.0
+    if of == "logits":
+        return network.with_features_from(network.head), 1.0
+    classes = network.num_classes
+    if not (isinstance(of, tuple) and len(of) == 2 and all(isinstance(c, numbers.Integral) for c in of)):
+        raise ValueError(f"of={of!r} cannot be used; give 'features', 'logits', or two classes (i, j)")
+    if not all(0 <= c < classes for c in of):
+        raise ValueError(f"of={of} names a class that is not there; expected two classes from 0 to {classes - 1}")
+    if not isinstance(network.head, Bilinear):
+        return network.with_features_from(network.head), math.sqrt(2) * (1 + ROUNDED)
+    difference = network.head.row(of[0]) - network.head.row(of[1])
+    layer = dense(difference[:, None], jnp.zeros(1, difference.dtype), network.head.in_shape)
+    return network.with_features_from(layer), 1 + ROUNDED
+
+
+def _estimates(network: Network, options: dict[str, Any]) -> tuple[Array, Array]:
+    """The key of level ``estimate`` in traced code, and norms of the whole layers; delta and rtol have no meaning."""
+    unknown = options.keys() - {"level", "key", "delta", "rtol"}
+    if unknown:
+        raise TypeError(f"{unknown.pop()!r} is no option; there are level, delta, key and rtol")
+    key = jax.random.key(0) if options.get("key") is None else options["key"]
+    check_start_key(key)
+    whole, _ = estimates.whole_norms(network.layers, estimates.Estimate(starts.key_of_whole(key)))
+    return key, whole
 
 
 def _ascent(dual_steps: int, rule: Rule | None) -> Ascent:
@@ -224,22 +273,12 @@ def _ascent(dual_steps: int, rule: Rule | None) -> Ascent:
     return Ascent(int(dual_steps), rule)
 
 
-def _whole(x: Array, label: Array, places: np.ndarray, title: str) -> Iterator[tuple[np.ndarray, Batch]]:
+def _whole(x: Array, label: Array, places: np.ndarray, title: str) -> Iterator[tuple[np.ndarray, Examples]]:
     """One batch of some places, filled up by repeating to the size of all, so that little is compiled."""
     del title
     if places.size:
         index = np.resize(places, len(x))
-        yield places, Batch(np.asarray(x)[index], np.asarray(label)[index], index)
-
-
-def _estimate(
-    *, level: str, key: Array | None = None, delta: float | None = None, rtol: float | None = None
-) -> estimates.Estimate:
-    """The norm of level ``estimate`` in traced code; delta and rtol have no meaning there."""
-    del level, delta, rtol
-    key = jax.random.key(0) if key is None else key
-    check_start_key(key)
-    return estimates.Estimate(key)
+        yield places, Examples(np.asarray(x)[index], np.asarray(label)[index], index)
 
 
 def _check(network: Network, x: Array, eps: Array | float, *, traced: bool = False) -> None:

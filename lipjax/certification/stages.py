@@ -1,7 +1,7 @@
 """Stages: the ladder of a certification; each gets what those before, which are cheaper, left undecided.
 
 A stage is a value with a name, the places that it asks for, and what it does with a batch of them: it writes what it
-finds into the evidence. A ladder is a tuple of stages.
+finds into the evidence. A ladder is a tuple of stages. docs/extending.md adds one.
 """
 
 from __future__ import annotations
@@ -10,22 +10,24 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from jax import Array
 
 from lipjax.certification.certificates import Certificate
-from lipjax.certification.certifier import Certifier, Found
+from lipjax.certification.certifier import Certification, Certifier
 from lipjax.certification.masks import all_rows, rows_from_bits, rows_to_bits
 from lipjax.certification.pairs import Ascent
+from lipjax.norms.cohorts import Claim
 
 NAMES = ("global", "attack", "local", "dual")
 BOUNDING = ("global", "local", "dual")  # those of them that certify
+NAME_LENGTH = 32  # of a stage, at most
 
 
 @dataclasses.dataclass(frozen=True)
-class Batch:
+class Examples:
     """Some examples: inputs (B, ...) in [0, 1], labels (B,) and their places (B,). Places may repeat at the end."""
 
     x: Array
@@ -87,7 +89,7 @@ class Evidence:
         """Which predictions are known to be right (N,)."""
         return self.prediction == self.label
 
-    def learn(self, name: str, places: np.ndarray, found: Found) -> None:
+    def learn(self, name: str, places: np.ndarray, found: Certification) -> None:
         """Enter what a stage has found for the examples at some places, the first of the batch."""
         new = found.certificate
         prediction, margin, constant, certified = (
@@ -135,7 +137,7 @@ def no_evidence(certifier: Certifier, label: np.ndarray, image_shape: tuple[int,
         certified=false(count),
         broken_by_pgd=false(count),
         attacked=false(count),
-        stage=np.full(count, "undecided", "U10"),
+        stage=np.full(count, "undecided", f"U{NAME_LENGTH}"),
         products=zeros(count),
         dual_steps=np.zeros(count, np.int64),
         seconds=zeros(count),
@@ -156,6 +158,11 @@ class Stage(Protocol):
     def name(self) -> str: ...
 
     @property
+    def certifies(self) -> bool:
+        """Whether it may certify; else it attacks, or adds to what is known."""
+        ...
+
+    @property
     def rounds(self) -> int:
         """How often the stage goes through the examples; who was decided in one round is not asked in the next."""
         ...
@@ -168,7 +175,9 @@ class Stage(Protocol):
         """Which examples it wants to see (N,)."""
         ...
 
-    def __call__(self, certifier: Certifier, evidence: Evidence, places: np.ndarray, batch: Batch, round_: int) -> None:
+    def __call__(
+        self, certifier: Certifier, evidence: Evidence, places: np.ndarray, batch: Examples, round_: int
+    ) -> None:
         """Enter into the evidence what a batch shows about the examples at these places, the first of the batch."""
         ...
 
@@ -189,7 +198,7 @@ class Progress:
 
 
 # Batches of the examples at some places, under a title: the places, and the batch, filled up by repeating.
-Cohorts = Callable[[np.ndarray, str], Iterator[tuple[np.ndarray, Batch]]]
+Cohorts = Callable[[np.ndarray, str], Iterator[tuple[np.ndarray, Examples]]]
 
 
 def climb(
@@ -229,21 +238,61 @@ def climb(
         progress.rung, progress.round = progress.rung + 1, 0
 
 
-def checked_names(names: Sequence[str], known: Sequence[str] = NAMES) -> tuple[str, ...]:
-    """Names of stages in the order of the ladder, at least one of which certifies.
+StageOf = Callable[[Any], Stage]  # of a user: from the radius, scalar or one per example (N,), to a stage
+
+
+def chosen_stages(
+    stages: str | Sequence[str | StageOf] | None, claim: Claim, known: Sequence[str] = NAMES
+) -> tuple[str | StageOf, ...]:
+    """The stages of a ladder, at least one of which certifies.
+
+    Args:
+        stages: names, in the order of the ladder, and functions of a user that make stages, anywhere. Default all that
+            are known and that go with the claim: the dual is a proof, and needs norms that are bounds.
+        claim: what norms are worth.
+        known: the names there are.
 
     Raises:
-        ValueError: an unknown stage, one twice or in another order, or none that certifies.
+        ValueError: an unknown stage, one twice or in another order, none that certifies, or a proof from estimates.
     """
-    names = (names,) if isinstance(names, str) else tuple(names)
+    if stages is None:
+        return tuple(name for name in known if name != "dual" or claim.is_bound)
+    stages = (stages,) if isinstance(stages, str) or callable(stages) else tuple(stages)
+    names, text = [stage for stage in stages if not callable(stage)], ",".join(map(str, stages))
     unknown = [name for name in names if name not in known]
     if unknown:
-        raise ValueError(f"stages name {unknown[0]!r}, which is not known; give some of {', '.join(known)}")
-    if list(names) != [name for name in known if name in names]:
-        raise ValueError(f"stages={','.join(names)} are not in order; give each once, in the order {','.join(known)}")
-    if not set(names) & set(BOUNDING):
-        raise ValueError(f"stages={','.join(names)} certify nothing; give at least one of {', '.join(BOUNDING)}")
-    return names
+        raise ValueError(
+            f"stages name {unknown[0]!r}, which is not known; give some of {', '.join(known)}, or a function "
+            "from eps to a stage"
+        )
+    if names != [name for name in known if name in names]:
+        raise ValueError(f"stages={text} are not in order; give each once, in the order {','.join(known)}")
+    if len(names) == len(stages) and not set(names) & set(BOUNDING):
+        raise ValueError(f"stages={text} certify nothing; give at least one of {', '.join(BOUNDING)}")
+    if "dual" in names and not claim.is_bound:
+        raise ValueError(
+            f"stages={text} name 'dual', which is a proof, but level={claim.name!r} is none: leave it out, or give a "
+            "level that is a bound"
+        )
+    return stages
+
+
+def ladder_of(stages: Sequence[str | StageOf], known: dict[str, Stage], eps: Any) -> tuple[Stage, ...]:
+    """The ladder of some stages, from the known ones by name.
+
+    Raises:
+        ValueError: a stage of a user whose name is taken, or too long.
+    """
+    ladder = tuple(stage(eps) if callable(stage) else known[stage] for stage in stages)
+    own = [stage.name for stage, given in zip(ladder, stages, strict=True) if callable(given)]
+    taken = ("prediction", "undecided", "radius", *NAMES)
+    for place, name in enumerate(own):
+        if name in (*taken, *own[:place]) or not 0 < len(name) <= NAME_LENGTH:
+            raise ValueError(
+                f"a stage is called {name!r}; give it a name of its own, of at most {NAME_LENGTH} letters, not one "
+                f"of {', '.join(taken)}"
+            )
+    return ladder
 
 
 @dataclasses.dataclass(frozen=True)
@@ -256,12 +305,13 @@ class Bounding:
 
     eps: float | np.ndarray
     name = "bounds"
+    certifies = True
     rounds = 1
 
     def title(self, round_: int) -> str:
         return f"{self.name} bounds"
 
-    def radius(self, batch: Batch) -> float | np.ndarray:
+    def radius(self, batch: Examples) -> float | np.ndarray:
         """Of each example of a batch (B,), or of all."""
         return np.asarray(self.eps)[batch.index] if np.ndim(self.eps) else self.eps
 
@@ -275,8 +325,10 @@ class Global(Bounding):
 
     name = "global"
 
-    def __call__(self, certifier: Certifier, evidence: Evidence, places: np.ndarray, batch: Batch, round_: int) -> None:
-        evidence.learn(self.name, places, certifier.globally(batch.x, batch.label, self.radius(batch)))
+    def __call__(
+        self, certifier: Certifier, evidence: Evidence, places: np.ndarray, batch: Examples, round_: int
+    ) -> None:
+        evidence.learn(self.name, places, certifier.with_global_norms(batch.x, batch.label, self.radius(batch)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -285,8 +337,10 @@ class Local(Bounding):
 
     name = "local"
 
-    def __call__(self, certifier: Certifier, evidence: Evidence, places: np.ndarray, batch: Batch, round_: int) -> None:
-        found = certifier.locally(batch.x, batch.label, self.radius(batch), batch.index)
+    def __call__(
+        self, certifier: Certifier, evidence: Evidence, places: np.ndarray, batch: Examples, round_: int
+    ) -> None:
+        found = certifier.with_local_norms(batch.x, batch.label, self.radius(batch), batch.index)
         evidence.learn(self.name, places, found)
         count = len(places)
         evidence.products[places] += found.products[:count].sum(axis=1)
@@ -306,9 +360,11 @@ class Dual(Bounding):
     options: Ascent = dataclasses.field(default_factory=Ascent)
     name = "dual"
 
-    def __call__(self, certifier: Certifier, evidence: Evidence, places: np.ndarray, batch: Batch, round_: int) -> None:
+    def __call__(
+        self, certifier: Certifier, evidence: Evidence, places: np.ndarray, batch: Examples, round_: int
+    ) -> None:
         asked = np.arange(len(batch.index)) < len(places)
-        found = certifier.dually(
+        found = certifier.by_dual(
             *(batch.x, batch.label, self.radius(batch)),
             sigmas=evidence.sigmas[batch.index],
             rows=rows_from_bits(certifier.network, evidence.rows[batch.index]),

@@ -12,7 +12,7 @@ from jax import Array
 
 from lipjax.certification.attacks import attack_round, attack_rounds, pgd
 from lipjax.certification.certifier import Certifier
-from lipjax.certification.stages import Batch, Evidence
+from lipjax.certification.stages import Evidence, Examples
 from lipjax.networks.graph import Network
 
 PGD_STEPS, PGD_ROUNDS = 25, 4  # the paper's 100 steps; who is broken after a round leaves
@@ -36,6 +36,7 @@ class Attack:
     key: Array
     strong: bool = True
     name = "attack"
+    certifies = False
 
     @property
     def rounds(self) -> int:
@@ -48,7 +49,9 @@ class Attack:
     def asks(self, evidence: Evidence, triage: bool) -> np.ndarray:
         return evidence.undecided if triage else ~evidence.attacked
 
-    def __call__(self, certifier: Certifier, evidence: Evidence, places: np.ndarray, batch: Batch, round_: int) -> None:
+    def __call__(
+        self, certifier: Certifier, evidence: Evidence, places: np.ndarray, batch: Examples, round_: int
+    ) -> None:
         keys = jax.vmap(functools.partial(jax.random.fold_in, self.key))(jnp.asarray(batch.index))
         count = len(places)
         if round_ < PGD_ROUNDS:

@@ -12,23 +12,23 @@ import jax
 
 from lipjax.certification.records import FORMAT, fingerprint, save_certificates
 from lipjax.errors import InputError
-from lipjax.experiments import figures, recipe, reports, settings
+from lipjax.experiments import figures, reports, settings
 from lipjax.experiments.data import from_file, load
 from lipjax.experiments.evaluation import evaluate
-from lipjax.reading.flax import from_flax
+from lipjax.experiments.trained import load_run
 
 PROGRESS = "certification.partial.npz"  # what is known of one that is under way
 
 
-def certify(
-    workdir: pathlib.Path,
+def certify_run(
+    workdir: str | pathlib.Path,
     *,
     eps: float | None = None,
     split: str = "test",
     limit: int | None = None,
     batch_size: int | None = None,
     which: str = "best",
-    output: pathlib.Path | None = None,
+    output: str | pathlib.Path | None = None,
     file: pathlib.Path | None = None,
     seed: int | None = None,
     resume: bool = False,
@@ -48,8 +48,7 @@ def certify(
         seed: of the starts of norms and attacks; default the config's.
         resume: go on with a certification of the same options into the same folder that was killed.
         **options: ``level``, ``delta``, ``rtol``, ``stages``, ``dual_steps``, ``domain``, ``triage`` and ``radius`` as
-        of
-            :func:`lipjax.experiments.evaluation.evaluate`.
+            of :func:`lipjax.evaluate`.
 
     Returns:
         The summary, as in ``summary.json``.
@@ -57,6 +56,7 @@ def certify(
     Raises:
         InputError: no run, no checkpoint, no data or a value that cannot be used.
     """
+    workdir = pathlib.Path(workdir)
     config = settings.load(workdir)
     eps = float(config.eps if eps is None else eps)
     if not (math.isfinite(eps) and eps > 0):
@@ -68,17 +68,23 @@ def certify(
         dataset = load(config.data.name, split, config.data.dir, config.data.cache)
     else:
         dataset = from_file(file, config.data.name)
-    model, rule, facts = recipe.restore_model(workdir, config, dataset, which)
-    network = from_flax(model, dataset.images.shape[1:])
+    run = load_run(workdir, which)
     chosen = dataset.take(slice(limit))
     seed = config.seed if seed is None else seed
     size = batch_size or config.certify.batch_size
-    folder = output or workdir
+    folder = pathlib.Path(output or workdir)
     progress = folder / PROGRESS
     if not resume:
         progress.unlink(missing_ok=True)
     try:
-        found = evaluate(network, chosen, eps, batch_size=size, seed=seed, rule=rule, progress=progress, **options)
+        found = evaluate(
+            *(run.network, chosen, eps),
+            batch_size=size,
+            seed=seed,
+            rule=run.rule,
+            progress=progress,
+            **options,
+        )
     except ValueError as error:
         raise InputError(str(error)) from None
     summary = {
@@ -86,11 +92,11 @@ def certify(
         "split": split if file is None else "file",
         "split_size": len(dataset),
         **found.summary,
-        "checkpoint": facts["checkpoint"],
-        "checkpoint_step": facts["step"],
-        "checkpoint_epoch": facts["epoch"],
-        "params_sha256": facts["params_sha256"],
-        "network_sha256": fingerprint(network),
+        "checkpoint": run.checkpoint["checkpoint"],
+        "checkpoint_step": run.checkpoint["step"],
+        "checkpoint_epoch": run.checkpoint["epoch"],
+        "params_sha256": run.checkpoint["params_sha256"],
+        "network_sha256": fingerprint(run.network),
         "format": FORMAT,
         "method": config.method.name,
         "seed": seed,

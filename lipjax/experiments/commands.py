@@ -8,15 +8,19 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-from lipjax.certification.stages import NAMES
+from lipjax.certification.stages import NAMES, StageOf
 from lipjax.errors import InputError
-from lipjax.experiments import certifying, figures, runs, settings
+from lipjax.experiments import certifying, figures, references, runs, settings
 from lipjax.networks.regions import DOMAINS
-from lipjax.norms.levels import LEVELS
+from lipjax.norms.solvers import LEVELS, Level
 
 DATA = "an .npz with images (n, H, W, C), uint8 or floats in [0, 1], and integer labels (n,), in place of a split"
 DOMAIN = "what is certified and attacked: the whole l2 ball (default), or what of it lies in the pixel range [0, 1]"
-LEVEL = "what the spectral norms are worth: bounds up to --delta (default), bounds, or the paper's estimates, no proof"
+LEVEL = (
+    "what the spectral norms are worth: probabilistic, bounds up to --delta (default); deterministic, bounds; "
+    "estimate, the paper's, no proof; or package.module:solver of your own"
+)
+STAGES = f"some of {','.join(NAMES)}, in this order, and package.module:stage of your own anywhere; default: all"
 
 
 class Parser(argparse.ArgumentParser):
@@ -41,8 +45,8 @@ def run(command: Callable[[Parser, list[str]], None], doc: str | None, name: str
         raise SystemExit(130) from None
 
 
-def train(parser: Parser, arguments: list[str]) -> None:
-    """``train.py``."""
+def train_command(parser: Parser, arguments: list[str]) -> None:
+    """``train.py``, and the installed command ``lipjax-train``."""
     parser.add_argument("--config", metavar="FILE[:METHOD]", required=True, help="a file of configs/, and a method")
     parser.add_argument("--config.KEY", metavar="VALUE", help="override an entry of the config")
     parser.add_argument("--workdir", type=pathlib.Path, help="folder of the run; default: a new one under runs/")
@@ -56,12 +60,12 @@ def train(parser: Parser, arguments: list[str]) -> None:
     runs.train(config, workdir, resume=options.resume)
     figures.plot_learning_curves(workdir)
     if config.certify.limit:
-        certifying.certify(workdir, limit=config.certify.limit)
-    print(f"\nrun: {workdir}\nmore: python certify.py --workdir {workdir}")
+        certifying.certify_run(workdir, limit=config.certify.limit)
+    print(f"\nrun: {workdir}")
 
 
-def certify(parser: Parser, arguments: list[str]) -> None:
-    """``certify.py``."""
+def certify_command(parser: Parser, arguments: list[str]) -> None:
+    """``certify.py``, and the installed command ``lipjax-certify``."""
     parser.add_argument("--workdir", type=pathlib.Path, required=True, help="folder of a run of train.py")
     parser.add_argument("--eps", type=float, help="l2 radius in [0, 1] pixels; default: the config's")
     images = parser.add_mutually_exclusive_group()
@@ -76,14 +80,14 @@ def certify(parser: Parser, arguments: list[str]) -> None:
         help="default: best on validation, or last where there is none",
     )
     parser.add_argument("--output", type=pathlib.Path, help="folder of the files; default: --workdir")
-    parser.add_argument("--level", default="probabilistic", choices=LEVELS, help=LEVEL)
+    parser.add_argument("--level", default="probabilistic", help=LEVEL)
     parser.add_argument(
         "--delta", type=float, default=1e-6, help="probability that ANY certificate is wrong; default: 1e-6"
     )
     parser.add_argument(
         "--rtol", type=float, default=1e-3, help="relative gap at which a norm is tight enough; default: 1e-3"
     )
-    parser.add_argument("--stages", metavar="A,B", help=f"some of {','.join(NAMES)}, in this order; default: all")
+    parser.add_argument("--stages", metavar="A,B", help=STAGES)
     parser.add_argument("--dual-steps", type=int, default=60, help="steps of the dual for each rival; default: 60")
     parser.add_argument("--domain", default="ball", choices=DOMAINS, help=DOMAIN)
     parser.add_argument("--resume", action="store_true", help="go on with a certification that was killed")
@@ -93,7 +97,7 @@ def certify(parser: Parser, arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     if options.dual_steps < 0:
         raise InputError(f"--dual-steps={options.dual_steps} cannot be used; give at least 0")
-    certifying.certify(
+    certifying.certify_run(
         options.workdir,
         eps=options.eps,
         split=options.split,
@@ -101,12 +105,12 @@ def certify(parser: Parser, arguments: list[str]) -> None:
         batch_size=options.batch_size,
         which=options.checkpoint,
         output=options.output,
-        level=options.level,
+        level=_level(options.level),
         delta=options.delta,
         rtol=options.rtol,
         triage=not options.no_triage,
         radius=options.radius,
-        stages=options.stages.split(",") if options.stages else None,
+        stages=_stages(options.stages),
         dual_steps=options.dual_steps,
         domain=options.domain,
         resume=options.resume,
@@ -115,3 +119,27 @@ def certify(parser: Parser, arguments: list[str]) -> None:
     )
     files = "certificates.npz, certificates.csv, summary.json, report.md" + (", curves.csv" if options.radius else "")
     print(f"\nfiles: {options.output or options.workdir}/{files}")
+
+
+def train_main() -> None:
+    """The installed command ``lipjax-train``."""
+    run(train_command, train_command.__doc__, "lipjax-train")
+
+
+def certify_main() -> None:
+    """The installed command ``lipjax-certify``."""
+    run(certify_command, certify_command.__doc__, "lipjax-certify")
+
+
+def _level(name: str) -> str | Level:
+    if references.is_reference(name):
+        return references.find(name, "--level")
+    if name not in LEVELS:
+        raise InputError(f"--level={name} is unknown; use one of {', '.join(LEVELS)}, or package.module:solver")
+    return name
+
+
+def _stages(names: str | None) -> list[str | StageOf] | None:
+    if not names:
+        return None
+    return [references.find(name, "--stages") if references.is_reference(name) else name for name in names.split(",")]

@@ -50,6 +50,22 @@ class Dataset:
     scale: int
     num_classes: int
 
+    @classmethod
+    def of(cls, images: np.ndarray, labels: np.ndarray, num_classes: int | None = None) -> Dataset:
+        """A data set of a user's arrays.
+
+        Args:
+            images: (n, H, W, C), uint8 or floating-point in [0, 1].
+            labels: integers (n,).
+            num_classes: default one more than the largest label.
+
+        Raises:
+            InputError: arrays of another kind.
+        """
+        images, labels = np.asarray(images), np.asarray(labels)
+        classes = 1 + int(labels.max(initial=0)) if num_classes is None else num_classes
+        return _checked(images, labels, images.shape[1:], classes, "Dataset.of", "this data set")
+
     def __len__(self) -> int:
         return len(self.labels)
 
@@ -167,7 +183,7 @@ def _own(name: str, split: str) -> Dataset:
     """A data set of the user."""
     splits = ("train", "test")
     if references.is_reference(name):
-        load_split = references.find(name, "data.name")
+        load_split = references.find(name, "--config.data.name")
         found = {each: load_split(each) for each in splits}
     else:
         keys = tuple(f"{each}_{part}" for each in splits for part in ("images", "labels"))

@@ -21,26 +21,27 @@ from lipjax.certification.progress import ProgressFile, digest
 from lipjax.certification.radius import Radius
 from lipjax.certification.records import fingerprint
 from lipjax.certification.stages import (
-    BOUNDING,
     NAMES,
-    Batch,
     Cohorts,
     Dual,
     Evidence,
+    Examples,
     Global,
     Local,
     Stage,
-    checked_names,
+    StageOf,
+    chosen_stages,
     climb,
+    ladder_of,
     no_evidence,
 )
 from lipjax.certification.triage import Attack
 from lipjax.experiments.data import Dataset
 from lipjax.networks.graph import Network
 from lipjax.networks.regions import check_domain
+from lipjax.norms.solvers import Level
 
 Columns = dict[str, np.ndarray]
-DECIDED = ("prediction", *NAMES, "undecided")  # values of the column "stage"
 ATTACK_SHARES = (0.25, 0.5, 0.75, 1, 1.5, 2)  # of eps, where the PGD curve is measured
 CURVE_POINTS = 51
 CERTIFICATION = 0x63657274  # folded into the seed
@@ -59,8 +60,7 @@ class Evaluation:
 
     Attributes:
         columns: per example: index, label, prediction, worst_margin, lipschitz, certified, attacked, broken_by_pgd,
-        stage
-            (the one that decided, or "undecided"), and the cost: products, dual_steps and seconds.
+            stage (the one that decided, or "undecided"), and the cost: products, dual_steps and seconds.
         summary: the figures of the whole, ready for JSON.
         local: places of the examples that were bounded with their own norms (M,).
         live: share of varying neurons of those (M, blocks).
@@ -81,10 +81,10 @@ def evaluate(
     *,
     batch_size: int,
     seed: int = 0,
-    level: str = "probabilistic",
+    level: str | Level = "probabilistic",
     delta: float = 1e-6,
     rtol: float = 1e-3,
-    stages: Sequence[str] | None = None,
+    stages: Sequence[str | StageOf] | None = None,
     dual_steps: int = 60,
     rule: Rule | None = None,
     domain: str = "ball",
@@ -104,11 +104,11 @@ def evaluate(
         eps: l2 radius, in [0, 1] pixels.
         batch_size: examples per cohort.
         seed: of the starts of attacks and norms.
-        level: what the norms are worth.
+        level: what the norms are worth, as of :func:`lipjax.certify`.
         delta: total probability that any certificate is wrong.
         rtol: relative gap at which a norm is tight enough.
         stages: some of ``("global", "attack", "local", "dual")``, in this order; default all, at level ``"estimate"``
-            the first three.
+            the first three. Functions of your own may stand anywhere, as of :func:`lipjax.certify`.
         dual_steps: steps of ascent for each rival.
         rule: trained slopes that the dual may start from.
         domain: what is certified and attacked: the whole ``"ball"``, or ``"pixels"``, what of it lies in [0, 1].
@@ -116,7 +116,7 @@ def evaluate(
             the same ones are certified.
         radius: find the certified radius of each example as well, and attack at multiples of eps.
         progress: a file of what is known so far; the evaluation goes on from it where it exists, and keeps it up to
-        date.
+            date.
 
     Returns:
         Columns and summary. ``attacked`` means that an attack found a wrong prediction: the paper's PGD, which stays in
@@ -128,9 +128,6 @@ def evaluate(
     Reference:
         [H21] section 5.
     """
-    names = checked_names(stages or (NAMES[:-1] if level == "estimate" else NAMES))
-    if level == "estimate" and "dual" in names:
-        raise ValueError("stages name 'dual', which is a proof, but level 'estimate' is none: leave one of them out")
     check_domain(dataset.images / dataset.scale, domain)
     # A stream of its own: training, which made the network, has drawn from the same seed.
     norm_key, attack_key = jax.random.split(jax.random.fold_in(jax.random.key(seed), CERTIFICATION))
@@ -139,17 +136,27 @@ def evaluate(
     certifier = Certifier(
         network, count, level=level, delta=delta, key=norm_key, rounds=rounds, rtol=rtol, domain=domain
     )
+    claim = certifier.claim
     known = {
         "global": Global(eps),
-        "attack": Attack(network, eps, domain, attack_key, strong=level != "estimate"),
+        "attack": Attack(network, eps, domain, attack_key, strong=claim.is_bound),
         "local": Local(eps),
         "dual": Dual(eps, options),
     }
-    ladder: tuple[Stage, ...] = tuple(known[name] for name in names)
-    if radius:
-        ladder = (*ladder, Radius(eps, options, names))
+    chosen = chosen_stages(stages, claim)
+    ladder = ladder_of(chosen, known, eps)
+    names = tuple(stage.name for stage in ladder)
+    climbed = (*ladder, Radius(eps, options, tuple(name for name in chosen if name in NAMES))) if radius else ladder
     evidence = no_evidence(certifier, dataset.labels, dataset.images.shape[1:])
-    facts = {"eps": eps, "seed": seed, "level": level, "delta": delta, "rtol": rtol, "stages": names, "domain": domain}
+    facts = {
+        "eps": eps,
+        "seed": seed,
+        "level": claim.name,
+        "delta": delta,
+        "rtol": rtol,
+        "stages": names,
+        "domain": domain,
+    }
     facts |= {"dual_steps": dual_steps, "triage": triage, "radius": radius}
     facts |= {"network": fingerprint(network), "rule": digest(rule), "scale": dataset.scale}
     facts |= {"data": digest((dataset.images, dataset.labels)), "version": importlib.metadata.version("lipjax")}
@@ -157,7 +164,7 @@ def evaluate(
     reached = file.restore(evidence, certifier)
     cohorts = functools.partial(_cohorts, dataset, batch_size)
     lap = functools.partial(file.lap, evidence, certifier)
-    climb(ladder, certifier, evidence, cohorts, triage=triage, progress=reached, lap=lap)
+    climb(climbed, certifier, evidence, cohorts, triage=triage, progress=reached, lap=lap)
     file.write(evidence, certifier, reached)
 
     columns: Columns = {"index": np.arange(count), **{name: getattr(evidence, name) for name in COLUMNS}}
@@ -173,16 +180,18 @@ def evaluate(
     local = np.flatnonzero(evidence.local)
     live, products = evidence.live[local], evidence.norm_products[local]
     summary = {
-        **_accuracies(evidence, names, triage),
+        **_accuracies(evidence, ladder, triage),
         "eps": eps,
         "domain": domain,
-        "level": certifier.level.name,
-        "delta": delta if level == "probabilistic" else None,
+        "level": claim.name,
+        "claim": claim.words(delta),
+        "is_bound": claim.is_bound,
+        "delta": delta if claim.may_fail else None,
         "rtol": rtol,
         "stages": list(names),
         "dual_steps": dual_steps if "dual" in names else None,
         "triage": triage,
-        "dtype": np.dtype(certifier.level.dtype).name,
+        "dtype": np.dtype(claim.dtype).name,
         "ledger": certifier.ledger.facts(),
         "global_lipschitz": certifier.global_lipschitz,
         **_local_figures(evidence.lipschitz[local], certifier.global_lipschitz, live, products),
@@ -193,11 +202,12 @@ def evaluate(
     return Evaluation(columns, summary, local, live, products)
 
 
-def _accuracies(evidence: Evidence, names: tuple[str, ...], triage: bool) -> dict[str, Any]:
+def _accuracies(evidence: Evidence, ladder: tuple[Stage, ...], triage: bool) -> dict[str, Any]:
     """Fractions of all examples, and the counts behind them; None for what was not asked."""
     correct, certified, attacked = evidence.correct, evidence.certified, evidence.attacked
-    decided = {stage: int((evidence.stage == stage).sum()) for stage in DECIDED}
-    bounding = [name for name in BOUNDING if name in names]
+    names, certifying = [stage.name for stage in ladder], [stage.name for stage in ladder if stage.certifies]
+    own = [name for name in names if name not in NAMES]
+    decided = {name: int((evidence.stage == name).sum()) for name in ("prediction", *NAMES, *own, "undecided")}
     found = {
         "clean_accuracy": correct,
         "pgd_accuracy": correct & ~evidence.broken_by_pgd if "attack" in names else None,
@@ -217,9 +227,9 @@ def _accuracies(evidence: Evidence, names: tuple[str, ...], triage: bool) -> dic
         "decided": decided,
         "bounded_locally": int(evidence.local.sum()),
     }
-    by_stage = np.cumsum([(certified & (evidence.stage == name)).mean() for name in bounding]).tolist()
+    by_stage = np.cumsum([(certified & (evidence.stage == name)).mean() for name in certifying]).tolist()
     accuracies = {name: None if which is None else float(which.mean()) for name, which in found.items()}
-    return {**accuracies, "certified_accuracy_after": dict(zip(bounding, by_stage, strict=True)), "counts": counts}
+    return {**accuracies, "certified_accuracy_after": dict(zip(certifying, by_stage, strict=True)), "counts": counts}
 
 
 def _local_figures(lipschitz: np.ndarray, whole: float, live: np.ndarray, products: np.ndarray) -> dict[str, Any]:
@@ -235,7 +245,9 @@ def _local_figures(lipschitz: np.ndarray, whole: float, live: np.ndarray, produc
     }
 
 
-def _cohorts(dataset: Dataset, batch_size: int, places: np.ndarray, title: str) -> Iterator[tuple[np.ndarray, Batch]]:
+def _cohorts(
+    dataset: Dataset, batch_size: int, places: np.ndarray, title: str
+) -> Iterator[tuple[np.ndarray, Examples]]:
     """The examples at some places in batches of one size, with a progress bar.
 
     The size is that of the whole data set in as few batches as ``batch_size`` allows, whatever the places: functions of
@@ -249,7 +261,7 @@ def _cohorts(dataset: Dataset, batch_size: int, places: np.ndarray, title: str) 
             part = places[start : start + size]
             padded = np.resize(part, size)
             x = dataset.images[padded].astype(np.float32) / dataset.scale
-            yield part, Batch(jnp.asarray(x), jnp.asarray(dataset.labels[padded]), padded)
+            yield part, Examples(jnp.asarray(x), jnp.asarray(dataset.labels[padded]), padded)
             bar.update(len(part))
 
 

@@ -11,10 +11,9 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from lipjax.certification.stages import BOUNDING
 from lipjax.experiments.data import Dataset
-from lipjax.experiments.evaluation import DECIDED, Evaluation
-from lipjax.experiments.reports import DOMAINS, Row, read_rows
+from lipjax.experiments.evaluation import Evaluation
+from lipjax.experiments.reports import DOMAINS, Row, by_stage, read_rows
 from lipjax.files import replace_text
 
 # Means of the paper: power iterations to convergence of 6C2F, [H21] appendix.
@@ -64,7 +63,7 @@ def write_report(folder: pathlib.Path, found: Evaluation, dataset: Dataset, summ
     for stale in (*folder.glob("report_*.png"), folder / "curves.csv"):
         stale.unlink(missing_ok=True)
     images = [
-        ("What each stage decides", _plot_stages(folder, found)),
+        ("What each stage decides", _plot_stages(folder, found, summary)),
         ("The most and the least robust images", _plot_images(folder, found, dataset)),
     ]
     if "certified_accuracy_at" in summary:
@@ -100,7 +99,7 @@ def write_report(folder: pathlib.Path, found: Evaluation, dataset: Dataset, summ
         f"Cost per image: {cost['products']:.0f} products, {cost['dual_steps']:.0f} steps of the dual, "
         f"{cost['seconds']:.2f} s.",
         "",
-        f"Decided by: {', '.join(f'{stage} {number}' for stage, number in counts['decided'].items())}.",
+        f"Images by the stage that decided: {by_stage(counts['decided'])}.",
     ]
     for title, name in images:
         lines += ["", f"## {title}", "", f"![{title}]({name})"]
@@ -124,12 +123,16 @@ def _plot_curves(folder: pathlib.Path, summary: dict[str, Any]) -> str:
     return _save(figure, folder, "report_accuracy.png")
 
 
-def _plot_stages(folder: pathlib.Path, found: Evaluation) -> str:
+def _plot_stages(folder: pathlib.Path, found: Evaluation, summary: dict[str, Any]) -> str:
     """One bar per stage: the share of the images that it decides, and the certified ones of all those so far."""
     figure, panel = _panel("stage", "share of images")
     stages, certified = found.columns["stage"], found.columns["certified"]
-    shares = {name: np.mean(stages == name) for name in DECIDED}
-    panel.bar(list(shares), list(shares.values()), color=["C0" if name in BOUNDING else "0.7" for name in shares])
+    shares = {name: np.mean(stages == name) for name in summary["counts"]["decided"]}
+    panel.bar(
+        list(shares),
+        list(shares.values()),
+        color=["C0" if name in summary["certified_accuracy_after"] else "0.7" for name in shares],
+    )
     total = np.cumsum([np.mean(certified & (stages == name)) for name in shares])
     panel.plot(list(shares), total, drawstyle="steps-mid", color="C1", label="certified so far")
     panel.set_ylim(0, 1)

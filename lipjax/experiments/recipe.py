@@ -1,21 +1,16 @@
-"""Recipes: the model and the method that a config describes, and the model of a run back from its checkpoint."""
+"""Recipes: the model and the method that a config describes."""
 
 from __future__ import annotations
 
 import dataclasses
-import pathlib
-from typing import Any
 
 from flax import nnx
 
 from lipjax.bounds import margins
-from lipjax.bounds.rule import Rule
 from lipjax.errors import InputError
-from lipjax.experiments import architectures, data, references, settings
+from lipjax.experiments import architectures, references, settings
 from lipjax.experiments.settings import Config
-from lipjax.reading import flax
 from lipjax.training import losses, methods, objectives, schedules, training_step, unbounded
-from lipjax.training.checkpoints import Checkpoints, unflat
 from lipjax.training.methods import Method
 
 FORWARD = {
@@ -27,21 +22,21 @@ WORST_CASE = {"gloro": losses.gloro_of, "cross_entropy": losses.worst_cross_entr
 UNBOUNDED = {"clean": unbounded.Standard, "adversarial": unbounded.Adversarial, "trades": unbounded.Trades}
 
 
-def model_of(config: Config, dataset: data.Dataset) -> nnx.Sequential:
-    """The Flax model of a config, freshly initialised from its seed.
+def model_of(config: Config, input_shape: tuple[int, ...], num_classes: int) -> nnx.Module:
+    """The Flax model of a config for its data, freshly initialised from its seed.
 
     An architecture of the user's own, ``package.module:name``, is called with the shape of an input, the number of
     classes and ``rngs``.
     """
     if references.is_reference(config.model.architecture):
-        make = references.find(config.model.architecture, "model.architecture")
-        return make(dataset.images.shape[1:], dataset.num_classes, rngs=nnx.Rngs(config.seed))
+        make = references.find(config.model.architecture, "--config.model.architecture")
+        return make(input_shape, num_classes, rngs=nnx.Rngs(config.seed))
     try:
         return architectures.classifier(
             config.model.architecture,
             config.model.activation,
-            dataset.images.shape[1:],
-            dataset.num_classes,
+            input_shape,
+            num_classes,
             theta=config.model.theta,
             upper_clip=tuple(config.model.upper_clip),
             lower_clip=tuple(config.model.lower_clip),
@@ -83,6 +78,8 @@ def objective_of(config: Config) -> objectives.Objective:
         saved=options.start == "saved",
         global_layers=tuple(options.global_layers),
     )
+    if references.is_reference(method.name):
+        return references.find(method.name, "--config.method.name")(iterations)
     if method.loss in UNBOUNDED:
         return UNBOUNDED[method.loss](iterations)
     return methods.Bounded(
@@ -92,7 +89,7 @@ def objective_of(config: Config) -> objectives.Objective:
         ball=method.norms != "none",
         margins=margins_of(config),
         head_norm=method.margins == "lipschitz_margin",
-        loss=WORST_CASE.get(method.loss) or references.find(method.loss, "method.loss"),
+        loss=WORST_CASE.get(method.loss) or references.find(method.loss, "--config.method.loss"),
         sparsity=config.sparsity.weight,
         sparsity_theta=config.sparsity.weight_theta,
     )
@@ -112,43 +109,3 @@ def margins_of(config: Config) -> methods.Margins:
     if config.method.margins == "dual":
         return methods.DualMargins(config.dual.num_rivals)
     return methods.forward(FORWARD[config.method.margins])
-
-
-def restore_model(
-    workdir: pathlib.Path, config: Config, dataset: data.Dataset, which: str
-) -> tuple[nnx.Sequential, Rule | None, dict[str, Any]]:
-    """The trained model of a run.
-
-    Args:
-        workdir: the run's folder.
-        config: its config.
-        dataset: any split of its data set; gives the shape of an input.
-        which: ``"best"`` (by the validation split; the last one where there is none) or ``"last"``.
-
-    Returns:
-        The model, the trained slopes of the dual where it was trained through it, and the metadata of its checkpoint.
-
-    Raises:
-        InputError: no checkpoint.
-    """
-    folders = ["best", "last"] if which == "best" else ["last"]
-    items = ("params", "rule") if config.method.margins == "dual" else ("params",)
-    for name in folders:
-        folder = workdir / "checkpoints" / name
-        try:
-            found = Checkpoints(folder).restore(items) if folder.exists() else None
-        except InputError:
-            if name == "last":
-                raise
-            found = None  # said on the way; the last one may be whole
-        if found is not None:
-            arrays, facts = found
-            model = nnx.eval_shape(lambda: model_of(config, dataset))  # no initial values are drawn
-            state = nnx.state(model, nnx.Param)
-            nnx.replace_by_pure_dict(state, unflat(nnx.to_pure_dict(state), arrays["params"]))
-            nnx.update(model, state)
-            network = flax.from_flax(model, dataset.images.shape[1:])
-            like = objective_of(config).rule(network)
-            rule = None if like is None else unflat(like, arrays["rule"])
-            return model, rule, {**facts, "checkpoint": name}
-    raise InputError(f"no checkpoint in {workdir / 'checkpoints'}; train with --workdir {workdir} first")

@@ -15,12 +15,12 @@ def is_reference(name: str) -> bool:
     return ":" in name
 
 
-def find(name: str, key: str) -> Any:
+def find(name: str, option: str) -> Any:
     """What ``package.module:name`` names; modules are looked for where Python looks, and in the working directory.
 
     Args:
         name: the reference.
-        key: of the config, for messages.
+        option: that gave it, for messages, such as ``--config.method.loss``.
 
     Raises:
         InputError: no such module, or no such name in it.
@@ -32,7 +32,7 @@ def find(name: str, key: str) -> Any:
         found = importlib.import_module(module)
     except ImportError as error:
         remedy = "give package.module:name of a module that Python finds"
-        raise InputError(f"--config.{key}={name}: {error}; {remedy}") from None
+        raise InputError(f"{option}={name}: {error}; {remedy}") from None
     if not hasattr(found, attribute):
-        raise InputError(f"--config.{key}={name}: {found.__file__} has no {attribute!r}; give package.module:name")
+        raise InputError(f"{option}={name}: {found.__file__} has no {attribute!r}; give package.module:name")
     return getattr(found, attribute)

@@ -10,13 +10,7 @@ from typing import Any
 from lipjax.files import replace_text
 
 Row = dict[str, Any]
-# What a level is worth, said wherever it is printed.
-LEVELS = {
-    "estimate": "norms estimated from below, no proof",
-    "probabilistic": "norms bounded from above but for a probability delta of {delta:g}",
-    "deterministic": "norms bounded from above",
-}
-# What a domain is, likewise.
+# What a domain is, said wherever it is printed.
 DOMAINS = {"ball": "on the whole l2 ball", "pixels": "on the l2 ball within the pixel range [0, 1]"}
 
 
@@ -72,7 +66,7 @@ def print_table(summary: Row) -> None:
     """The accuracies of an evaluation, with what they rest on."""
     domain = DOMAINS[summary["domain"]]
     counts = summary["counts"]
-    claim = f"level {summary['level']}: {LEVELS[summary['level']].format(delta=summary['delta'])}"
+    claim = f"level {summary['level']}: {summary['claim']}"
     rows = [
         ("clean", summary["clean_accuracy"], counts["correct"], ""),
         ("PGD", summary["pgd_accuracy"], counts["correct_after_pgd"], "l2, 100 steps, cut to [0, 1], the paper's"),
@@ -92,15 +86,21 @@ def print_table(summary: Row) -> None:
     print(f"Lipschitz constant of the feature map: {local}global {summary['global_lipschitz']:.4g}")
     if "median_radius" in summary:
         print(f"certified radius: median {summary['median_radius']:.4g}, 0 for what is wrong")
-    print("decided by: " + ", ".join(f"{stage} {number}" for stage, number in counts["decided"].items()))
+    print(f"images by the stage that decided: {by_stage(counts['decided'])}")
     cost = summary["cost_per_image"]
     print(
         f"cost per image: {cost['products']:.0f} products, {cost['dual_steps']:.0f} dual steps, {cost['seconds']:.2f} s"
     )
-    verdict = "is no proof" if summary["level"] == "estimate" else "is a bound: this is a bug, please report it"
+    verdict = "is no proof" if not summary["is_bound"] else "is a bound: this is a bug, please report it"
     for attacked, what in (
         (counts["certified_but_attacked"], "count as certified, but an attack broke them"),
         (summary.get("radii_but_attacked"), "were broken by PGD inside of their certified radii"),
     ):
         if attacked:
             print(f"WARNING: {attacked} examples {what}: level {summary['level']} {verdict}")
+
+
+def by_stage(decided: dict[str, int]) -> str:
+    """How many images each stage has decided, in words."""
+    words = {"prediction": "wrong prediction"}
+    return ", ".join(f"{words.get(stage, stage)} {number}" for stage, number in decided.items())

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from lipjax.errors import InputError
 from lipjax.experiments import data, recipe, reports, settings
 from lipjax.experiments.settings import Config
+from lipjax.experiments.trained import TrainedRun, load_run
 from lipjax.norms import estimates
 from lipjax.reading import flax
 from lipjax.training import methods, objectives, sharding, training_step
@@ -30,24 +31,31 @@ SCORES = ("certified_accuracy", "pgd_accuracy", "clean_accuracy")  # the first t
 FETCH_EVERY = 4  # steps in flight; forced CPU devices must synchronise at least every 8
 
 
-def train(config: Config, workdir: pathlib.Path, *, resume: bool) -> None:
+def train(config: Config, workdir: str | pathlib.Path, *, resume: bool = False) -> TrainedRun:
     """Train a model and write config, log and checkpoints into ``workdir``.
 
     Args:
-        config: a checked config.
+        config: see :func:`lipjax.load_config`.
         workdir: the run's folder; new or empty unless ``resume``.
-        resume: go on from the last checkpoint of the folder, if there is one.
+        resume: go on from the last checkpoint of the folder, if there is one. The config may have more epochs than
+            before: the schedules are those of the new number, from the step where the run is.
+
+    Returns:
+        The run, with its best checkpoint.
 
     Raises:
-        InputError: a folder that cannot be used, or a loss that is not finite (the last good checkpoint is kept).
+        InputError: a config or a folder that cannot be used, or a loss that is not finite (the last good checkpoint is
+            kept).
     """
+    settings.check(config)
+    workdir = pathlib.Path(workdir)
     used = workdir.exists() and any(workdir.iterdir())
     if used and not resume:
         raise InputError(f"{workdir} is not empty; go on with --resume, or name another --workdir")
     if used and not (workdir / "config.json").exists():
         raise InputError(f"{workdir} is not a run to resume: it has no config.json; name another --workdir")
     if resume and (workdir / "config.json").exists():
-        settings.check_same(config, settings.load(workdir))
+        settings.check_same(config, settings.load(workdir), more_epochs=True)
     run = Run(config, workdir)
     state, first = run.restored() if resume else (run.initial_state(), 0)
     if resume:
@@ -65,6 +73,7 @@ def train(config: Config, workdir: pathlib.Path, *, resume: bool) -> None:
         if (epoch + 1) % config.checkpoint.every == 0 or epoch + 1 == config.schedule.epochs:
             run.save_last(state, epoch + 1)
         reports.print_row(row)
+    return load_run(workdir)
 
 
 def is_finished(config: Config, workdir: pathlib.Path) -> bool:
@@ -87,8 +96,12 @@ class Run:
             )
         whole = data.load(config.data.name, "train", config.data.dir, config.data.cache)
         self.train, self.validation = data.train_and_validation(whole, config.data.validation, config.seed)
-        self.model = recipe.model_of(config, self.train)
+        input_shape = self.train.images.shape[1:]
+        self.model = recipe.model_of(config, input_shape, self.train.num_classes)
         self.graphdef, self.params = nnx.split(self.model, nnx.Param)
+        self.origin = None if config.init is None else load_run(config.init)
+        if self.origin is not None:
+            self.params = _weights(self.origin, self.params)
         self.batches = sharding.Batches(config.schedule.batch_size, self.devices, config.seed)
         self.method = recipe.method_of(config, self.batches.steps(len(self.train)) * config.schedule.epochs)
         self.train_step = training_step.mapped(training_step.train_step, self.method, self.graphdef)
@@ -111,6 +124,8 @@ class Run:
         objective = self.method.objective
         vectors = jax.jit(training_step.initial_vectors)(objective.layers(network), jax.random.fold_in(key, 0))
         rule = objective.rule(network)
+        if rule is not None and self.origin is not None and self.origin.rule is not None:
+            rule = self.origin.rule
         own = tuple(vectors[place] for place in objective.kept(network))
 
         def rows(num_examples: int) -> tuple[np.ndarray, ...]:
@@ -285,6 +300,20 @@ class Run:
         return tuple(sharding.deal(np.asarray(table), self.devices) for table in tables)
 
 
+def _weights(origin: TrainedRun, params: Any) -> Any:
+    """The parameters of a run, for a model with these parameters."""
+    found = nnx.state(origin.model, nnx.Param)
+    theirs, ours = (flat(nnx.to_pure_dict(each)) for each in (found, params))
+    for name in sorted(theirs.keys() | ours.keys()):
+        shapes = [each[name].shape if name in each else None for each in (theirs, ours)]
+        if shapes[0] != shapes[1]:
+            raise InputError(
+                f"--config.init={origin.folder} has {shapes[0] or 'nothing'} for {name}, where the model has "
+                f"{shapes[1] or 'nothing'}; give a run of the same architecture and data"
+            )
+    return found
+
+
 def _row(values: dict[str, np.ndarray]) -> dict[str, float]:
     """Scalars by name; an array of one value per block becomes one entry per block."""
     row: dict[str, float] = {}
@@ -298,4 +327,5 @@ def _row(values: dict[str, np.ndarray]) -> dict[str, float]:
 
 def default_workdir(config: Config, name: str) -> pathlib.Path:
     """A new folder under runs/, named after config, method and time."""
-    return pathlib.Path("runs") / f"{name}-{config.method.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    method = config.method.name.replace(":", ".")
+    return pathlib.Path("runs") / f"{name}-{method}-{time.strftime('%Y%m%d-%H%M%S')}"

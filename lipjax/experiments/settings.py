@@ -11,7 +11,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from lipjax.errors import InputError
-from lipjax.experiments import architectures, data, references
+from lipjax.experiments import architectures, data, defaults, references
 
 Config = Any  # an ml_collections.ConfigDict, whose entries are known at run time only
 NORMS = ("local", "global", "none")
@@ -27,6 +27,20 @@ SINCE = {
     "dual": {"num_rivals": 1},
     "sparsity": {"weight": 0.0, "weight_theta": 1.0},
 }
+
+
+def load_config(name: str, **overrides: Any) -> Config:
+    """The config of a file of Python, as for ``train.py --config``.
+
+    Args:
+        name: ``FILE`` or ``FILE:METHOD``.
+        **overrides: entries, dots written as two underscores: ``schedule__epochs=8``.
+
+    Raises:
+        InputError: as of :func:`parse`.
+    """
+    entries = {key.replace("__", "."): value for key, value in overrides.items()}
+    return parse([f"--config={name}", *(f"--config.{key}={value}" for key, value in entries.items())])
 
 
 def parse(arguments: list[str]) -> Config:
@@ -61,7 +75,7 @@ def load(workdir: pathlib.Path) -> Config:
     path = workdir / "config.json"
     try:
         values = _tuples(json.loads(path.read_text()))
-        config = ConfigDict(values | {name: later | values.get(name, {}) for name, later in SINCE.items()})
+        config = ConfigDict({"init": None} | values | {name: new | values.get(name, {}) for name, new in SINCE.items()})
         check(config)
     except InputError:
         raise
@@ -86,9 +100,6 @@ def check(config: Config) -> None:
         _one_of("data.name", config.data.name, data.NAMES)
     _known_or_found("model.architecture", config.model.architecture, sorted(architectures.ARCHITECTURES))
     _one_of("model.activation", config.model.activation, architectures.ACTIVATIONS)
-    _one_of("method.norms", config.method.norms, NORMS)
-    _one_of("method.margins", config.method.margins, MARGINS)
-    _known_or_found("method.loss", config.method.loss, LOSSES)
     _check_method(config.method)
     _check_sparsity(config)
     _one_of("power_iteration.start", config.power_iteration.start, STARTS)
@@ -128,9 +139,14 @@ def has_box(method: Config) -> bool:
     return method.norms == "local" or method.margins in ("box_and_ball", "dual")
 
 
-def check_same(config: Config, before: Config) -> None:
-    """Raises InputError where a run cannot go on because what it computes was changed; where it reads may change."""
-    free = ("data.dir", "data.cache", "certify.", "checkpoint.")
+def check_same(config: Config, before: Config, *, more_epochs: bool = False) -> None:
+    """Raises InputError where a run cannot go on because what it computes was changed.
+
+    Where it reads may change, and with ``more_epochs`` their number may grow.
+    """
+    free: tuple[str, ...] = ("data.dir", "data.cache", "certify.", "checkpoint.")
+    if more_epochs and config.schedule.epochs > before.schedule.epochs:
+        free = (*free, "schedule.epochs")
     now, then = _flat(config.to_dict()), _flat(before.to_dict())
     for key in sorted(now.keys() | then.keys()):
         if now.get(key) != then.get(key) and not key.startswith(free):
@@ -141,7 +157,16 @@ def check_same(config: Config, before: Config) -> None:
 
 
 def _check_method(method: Config) -> None:
-    """Raises InputError for parts of a method that do not go together."""
+    """Raises InputError for parts of a method that are unknown, or do not go together."""
+    if references.is_reference(method.name):
+        references.find(method.name, "--config.method.name")
+        for part, value in defaults.OWN.items():
+            if method[part] != value:
+                raise InputError(f"--config.method.{part}={method[part]}: {method.name} says that itself; leave it out")
+        return
+    _one_of("method.norms", method.norms, NORMS)
+    _one_of("method.margins", method.margins, MARGINS)
+    _known_or_found("method.loss", method.loss, LOSSES)
     bounded = method.loss in WORST_CASE_LOSSES or references.is_reference(method.loss)
     wrong = ""
     if bounded and method.margins == "none":
@@ -207,7 +232,7 @@ def _one_of(key: str, value: str, known: Any) -> None:
 def _known_or_found(key: str, value: str, known: Any) -> None:
     """Raises InputError unless it is one of those known, or a reference to what is there."""
     if references.is_reference(value):
-        references.find(value, key)
+        references.find(value, f"--config.{key}")
     elif value not in known:
         raise InputError(
             f"--config.{key}={value!r} is unknown; use one of {', '.join(known)}, or package.module:name of your own"

@@ -14,7 +14,7 @@ import numpy as np
 from jax import Array
 
 from lipjax.networks.activations import Activation
-from lipjax.networks.layers import Affine, Shape
+from lipjax.networks.layers import Affine, Shape, identity
 
 value = functools.partial(dataclasses.dataclass, frozen=True)
 Value = TypeVar("Value")
@@ -136,6 +136,11 @@ class Network:
             return node.operation(*(value.reshape(shape) for value, shape in zip(values, node.arranged, strict=True)))
 
         return self.forward(x, visit)
+
+    def with_features_from(self, layer: Affine) -> Network:
+        """The network whose features are those of this one after one more layer; its logits are its features."""
+        node = Node(layer, (len(self.nodes) - 1,), (layer.in_shape,), layer.out_shape)
+        return Network((*self.nodes, node), identity(layer.out_shape, layer.dtype))
 
     def lipschitz(self, sigmas: Sequence[Array] | Array) -> Any:
         """The constant of the feature map from the norms of its layers.

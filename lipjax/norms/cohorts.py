@@ -1,23 +1,216 @@
-"""Cohorts: steps of many iterations at once, each for the examples of one layer that have not converged yet."""
+"""Cohorts: norms of one layer under the masks of many examples, which leave as soon as their own has converged.
+
+How a norm is found is the solver's: a value with a claim, and three methods. The loop here is the same for all; see
+docs/extending.md for a solver of your own.
+"""
 
 from __future__ import annotations
 
-import functools
-import math
+import dataclasses
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from lipjax.floating_point import UNIT64, gamma, highest
-from lipjax.networks.layers import Affine, Bilinear
-from lipjax.networks.linear_maps import LinearMap, unit
-from lipjax.norms import deterministic, lanczos, spectral
+from lipjax.networks.layers import Affine
+from lipjax.networks.linear_maps import LinearMap
+from lipjax.norms.starts import random_start
 
-CHUNK_ITERS = 32  # power iterations between two looks at who has converged
+
+@dataclasses.dataclass(frozen=True)
+class Claim:
+    """What the norms of a solver are worth.
+
+    Attributes:
+        name: of the level, as in certificates and files.
+        is_bound: they are upper bounds, of products in float64; else estimates, in float32, which are no proof.
+        draws_starts: they depend on random starts. A bound that does may fail, with a stated probability for each.
+    """
+
+    name: str
+    is_bound: bool
+    draws_starts: bool
+
+    @property
+    def may_fail(self) -> bool:
+        """Whether they are bounds but for a probability of failure."""
+        return self.is_bound and self.draws_starts
+
+    @property
+    def dtype(self) -> Any:
+        """Precision of the layers, and of the pass that uses the norms."""
+        return np.float64 if self.is_bound else np.float32
+
+    def words(self, delta: float) -> str:
+        """In words, for reports; ``delta`` is the probability that any of the norms fails."""
+        if not self.is_bound:
+            return "norms estimated from below, no proof"
+        return "norms bounded from above" + (f" but for a probability delta of {delta:g}" if self.may_fail else "")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class MaskedLayer:
+    """One layer under the masks of N examples: ``I_rows W I_columns`` for each.
+
+    Attributes:
+        layer: W.
+        rows: that are kept (N, ...).
+        columns: that are kept (N, ...).
+        keys: of the start of each example (N,), or None for solvers that draw none.
+        place: of the layer among those of its network, an integer; starts depend on it as well.
+    """
+
+    layer: Affine
+    rows: Array
+    columns: Array
+    keys: Array | None
+    place: Array | int = 0
+
+    def __len__(self) -> int:
+        return self.rows.shape[0]
+
+    def maps(self, scale: Array | float, part: Array) -> tuple[Any, Array, Array]:
+        """A function of masks that gives the map over a scale, from its smaller side, and the masks of some examples.
+
+        For use under ``jit``: ``map_of, rows, columns = masked.maps(scale, part)``, then ``vmap`` over the masks.
+        """
+
+        def map_of(rows: Array, columns: Array) -> LinearMap:
+            return self.layer.linear_map().divided(scale).masked(rows, columns).from_smaller_side()
+
+        return map_of, self.rows[part], self.columns[part]
+
+    def starts(self, scale: Array | float, part: Array) -> Array:
+        """The random unit vectors of some examples, on the smaller side of the layer."""
+        map_of, rows, columns = self.maps(scale, part)
+
+        def one(rows: Array, columns: Array, key: Array) -> Array:
+            return random_start(key, self.place, map_of(rows, columns))
+
+        assert self.keys is not None  # solvers that draw starts are given keys
+        return jax.vmap(one)(rows, columns, self.keys[part])
+
+
+@dataclasses.dataclass(frozen=True)
+class Enclosure:
+    """What a solver knows about the norms of N examples.
+
+    Attributes:
+        lower: lower bounds (N,), not a number where there are none.
+        upper: the norms as the solver claims them so far (N,).
+        products: products with W or its transpose that each has taken (N,).
+        finished: which are tight enough, or as tight as they will be (N,).
+    """
+
+    lower: np.ndarray
+    upper: np.ndarray
+    products: np.ndarray
+    finished: np.ndarray
+
+
+class Solver(Protocol):
+    """How norms are found.
+
+    Attributes:
+        claim: what they are worth.
+        batch_size: the most examples that are advanced together.
+    """
+
+    @property
+    def claim(self) -> Claim: ...
+
+    @property
+    def batch_size(self) -> int: ...
+
+    def init(self, masked: MaskedLayer, ceiling: np.ndarray) -> Any:
+        """The state of all N examples; ``ceiling`` (N,) are upper bounds known already, infinite where there is none.
+
+        ``advance`` may change it in place.
+        """
+        ...
+
+    def advance(self, masked: MaskedLayer, part: np.ndarray, state: Any) -> Any:
+        """The state after more work for the examples ``part``, all of which have had the same before.
+
+        Their number is always the same; places of N or more fill up the last part: what is gathered there is to be
+        clipped, and what is scattered there dropped, as JAX does by ``mode="clip"`` and ``mode="drop"``.
+        """
+        ...
+
+    def enclose(self, masked: MaskedLayer, state: Any) -> Enclosure:
+        """What is known about all N examples."""
+        ...
+
+    def tightened(self, factor: float) -> Solver:
+        """The solver for norms that many others are compared with, tighter by a factor where that has a meaning."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Norms:
+    """Spectral norms of one layer under the masks of N examples, on the host.
+
+    Attributes:
+        sigma: the norms (N,).
+        products: products with W or its transpose that each took (N,).
+        gap: upper / lower - 1 (N,), not a number where there is no such pair of bounds.
+        drawn: whether a random start was drawn (N,).
+    """
+
+    sigma: np.ndarray
+    products: np.ndarray
+    gap: np.ndarray
+    drawn: np.ndarray
+
+
+def norms(solver: Solver, masked: MaskedLayer, ceiling: Any = np.inf, only: np.ndarray | None = None) -> Norms:
+    """The norms of a masked layer.
+
+    Args:
+        solver: how they are found.
+        masked: the layer and the masks of N examples.
+        ceiling: scalar or (N,), upper bounds known already, infinite where there is none; no sigma is larger. Where
+            nothing is masked and a ceiling is known, that is the norm: no start is drawn.
+        only: places of the examples that are asked about; the others keep their ceiling. Default all.
+    """
+    count = len(masked)
+    sigma = np.array(np.broadcast_to(ceiling, count), np.float64)
+    products, gap = np.zeros(count, int), np.full(count, np.nan)
+    asked = _masked_places(masked, sigma, only)
+    if asked.size:
+        state, unfinished = solver.init(masked, sigma.copy()), asked
+        while unfinished.size:
+            for part in parts(unfinished, min(solver.batch_size, count), count):
+                state = solver.advance(masked, part, state)
+            found = solver.enclose(masked, state)
+            unfinished = asked[~found.finished[asked]]
+        lower, upper = found.lower[asked], found.upper[asked]
+        sigma[asked], products[asked] = np.minimum(upper, sigma[asked]), found.products[asked]
+        with np.errstate(invalid="ignore", divide="ignore"):
+            gap[asked] = np.where(upper == 0, 0.0 * lower, upper / lower - 1)
+    return Norms(sigma, products, gap, np.isin(np.arange(count), asked) & solver.claim.draws_starts)
+
+
+def known(sigma: np.ndarray | float, count: int) -> Norms:
+    """Norms of ``count`` examples, or one that they share, at no cost."""
+    zeros = np.zeros(count)
+    return Norms(zeros + sigma, zeros.astype(int), zeros + np.nan, zeros.astype(bool))
+
+
+def by_construction(masked: MaskedLayer) -> Norms | None:
+    """Norms that a layer knows, at no cost, or None where it does not."""
+    found = _known_norms(masked)
+    return None if found is None else known(np.asarray(found, np.float64), len(masked))
+
+
+def whole(layer: Affine, place: int = 0, key: Array | None = None) -> MaskedLayer:
+    """A layer of which nothing is masked, as of one example."""
+    masks = jnp.ones((1, *layer.out_shape), bool), jnp.ones((1, *layer.in_shape), bool)
+    return MaskedLayer(layer, *masks, None if key is None else key[None], place)
 
 
 def parts(places: np.ndarray, size: int, count: int) -> Iterator[np.ndarray]:
@@ -31,153 +224,15 @@ def parts(places: np.ndarray, size: int, count: int) -> Iterator[np.ndarray]:
         yield np.pad(part, (0, size - len(part)), constant_values=count)
 
 
-def masked_places(rows: Array, columns: Array, ceiling: Any, among: np.ndarray | None) -> np.ndarray:
-    """The places, among some or all, where something is masked, or no ceiling is known."""
-    axes = tuple(range(1, rows.ndim)), tuple(range(1, columns.ndim))
-    whole = np.asarray(jnp.all(rows, axis=axes[0]) & jnp.all(columns, axis=axes[1]))
-    places = np.flatnonzero(~(whole & np.isfinite(np.broadcast_to(ceiling, whole.shape))))
-    return places if among is None else np.intersect1d(places, among)
-
-
-def is_among(places: np.ndarray, count: int) -> np.ndarray:
-    """For each of ``count`` places whether it is one of those given (count,)."""
-    return np.isin(np.arange(count), places)
-
-
-def scale_of(layer: Affine) -> float:
-    """A power of two near the largest sum of a row of ``|W|``: divided by it, squares stay within float64."""
-    largest = float(_largest_row_sum(layer))
-    return 2.0 ** math.frexp(largest)[1] if 0 < largest < np.inf else 1.0
-
-
 @jax.jit
-def _largest_row_sum(layer: Affine) -> Array:
-    return highest(layer.absolute(jnp.ones(layer.in_shape, layer.dtype)))
+def _known_norms(masked: MaskedLayer) -> Array | None:
+    return jax.vmap(masked.layer.known_norm)(masked.rows, masked.columns)
 
 
-@jax.jit
-def product_rounding(layer: Affine, rows: Array, columns: Array) -> Array:
-    """What float64 products with a folded W may round, as norms (N,): relative to ``|W|``, parts of which may cancel.
-
-    Nothing where no row or no column is left. In a bilinear layer nothing cancels.
-    """
-    count = len(rows)
-    if isinstance(layer, Bilinear):
-        return jnp.zeros(count, layer.dtype)
-    row_left, column_left = (jnp.any(mask.reshape(count, -1), axis=1) for mask in (rows, columns))
-    share = gamma(2 * (layer.terms + layer.adjoint_terms), UNIT64)
-    return jnp.where(row_left & column_left, share * layer.absolute_norm(), 0)
-
-
-def oriented(layer: Affine, scale: Array | float, rows: Array, columns: Array) -> LinearMap:
-    """A masked layer over a scale, from its smaller side."""
-    return layer.linear_map().divided(scale).masked(rows, columns).from_smaller_side()
-
-
-def start_vector(key: Array, place: Array | int, linear_map: LinearMap) -> Array:
-    """A unit vector of uniform direction on the live coordinates of the start's side."""
-    start = jax.random.normal(jax.random.fold_in(key, place), linear_map.in_shape, linear_map.dtype)
-    kept = start if linear_map.in_mask is None else jnp.where(linear_map.in_mask, start, 0)
-    return unit(kept)
-
-
-@jax.jit
-def power_start(layer: Affine, rows: Array, columns: Array, keys: Array, place: int) -> tuple[Array, ...]:
-    """Starts of power iterations, and what is known before the first one: sigmas, changes and counts."""
-
-    def one(rows: Array, columns: Array, key: Array) -> Array:
-        return start_vector(key, place, oriented(layer, 1.0, rows, columns))
-
-    vectors = jax.vmap(one)(rows, columns, keys)
-    count = rows.shape[0]
-    zeros = jnp.zeros((count,), vectors.dtype)
-    return vectors, zeros, jnp.full_like(zeros, jnp.inf), jnp.zeros((count,), jnp.int32)
-
-
-@functools.partial(jax.jit, donate_argnums=4)
-def power_advance(
-    layer: Affine, rows: Array, columns: Array, part: Array, state: tuple[Array, ...], tol: float
-) -> tuple[Array, ...]:
-    """Some iterations more for the examples ``part`` of the cohort: the vectors, sigmas, changes and counts of all."""
-
-    def one(rows: Array, columns: Array, u: Array) -> tuple[Array, ...]:
-        return spectral.iterate_until(oriented(layer, 1.0, rows, columns), u, tol=tol, max_iters=CHUNK_ITERS)
-
-    vectors, sigmas, changes, counts = state
-    u, sigma, change, count = jax.vmap(one)(rows[part], columns[part], vectors[part])
-    return (
-        vectors.at[part].set(u, mode="drop"),
-        sigmas.at[part].set(sigma, mode="drop"),
-        changes.at[part].set(change, mode="drop"),
-        counts.at[part].add(count, mode="drop"),
-    )
-
-
-@functools.partial(jax.jit, static_argnames=("count", "length", "max_steps"))
-def lanczos_not_begun(count: int, length: int, max_steps: int) -> lanczos.Process:
-    """Room for the processes of a cohort; their starts are drawn with their first steps."""
-    return lanczos.begin(jnp.zeros((count, length), jnp.float64), max_steps=max_steps)
-
-
-@functools.partial(jax.jit, static_argnames="first", donate_argnames="process")
-def lanczos_advance(
-    layer: Affine,
-    scale: float,
-    rows: Array,
-    columns: Array,
-    keys: Array,
-    place: int,
-    part: Array,
-    process: lanczos.Process,
-    step: int,
-    *,
-    first: bool,
-) -> tuple[lanczos.Process, lanczos.Tridiagonal]:
-    """Some steps more for the examples ``part`` of the cohort, from their starts if they are the first.
-
-    Returns:
-        ``(process, matrix)``: the processes of all, and what those of ``part`` have found.
-    """
-    rows, columns = rows[part], columns[part]
-
-    def one(rows: Array, columns: Array, u: Array) -> Array:
-        map_ = oriented(layer, scale, rows, columns)
-        return map_.rmatvec(map_.matvec(u.reshape(map_.in_shape))).ravel()
-
-    def start(rows: Array, columns: Array, key: Array) -> Array:
-        return start_vector(key, place, oriented(layer, scale, rows, columns)).ravel()
-
-    def gram(u: Array) -> Array:
-        return jax.vmap(one)(rows, columns, u)
-
-    if first:
-        starts = jax.vmap(start)(rows, columns, keys[part])
-        begun = lanczos.begin(starts, max_steps=process.matrix.diagonal.shape[1])
-        advanced = lanczos.first_steps(gram, begun)
-    else:
-        advanced = lanczos.more_steps(gram, jax.tree.map(lambda leaf: leaf[part], process), step)
-    return jax.tree.map(lambda leaf, new: leaf.at[part].set(new, mode="drop"), process, advanced), advanced.matrix
-
-
-# Apart from the steps, because it is the same program for every layer.
-enclosures = jax.jit(lanczos.enclosures)
-
-
-@jax.jit
-def gram_norms(layer: Affine, scale: float, rows: Array, columns: Array) -> Array:
-    """Bounds of the norms over a scale, from Gram matrices."""
-
-    def one(masks: tuple[Array, Array]) -> Array:
-        return deterministic.gram_norm(oriented(layer, scale, *masks), max(layer.terms, layer.adjoint_terms))
-
-    return jax.lax.map(one, (rows, columns))  # one Gram matrix at a time: they are large
-
-
-@jax.jit
-def schur_norms(layer: Affine, scale: float, rows: Array, columns: Array) -> Array:
-    """Bounds of the norms over a scale, by the Schur test."""
-
-    def one(rows: Array, columns: Array) -> Array:
-        return deterministic.schur_norm(layer, scale, rows, columns)
-
-    return jax.vmap(one)(rows, columns)
+def _masked_places(masked: MaskedLayer, ceiling: np.ndarray, only: np.ndarray | None) -> np.ndarray:
+    """The places, of some or all, where something is masked, or no ceiling is known."""
+    nothing_masked = np.ones(len(masked), bool)
+    for mask in (masked.rows, masked.columns):
+        nothing_masked &= np.asarray(jnp.all(mask, axis=tuple(range(1, mask.ndim))))
+    places = np.flatnonzero(~(nothing_masked & np.isfinite(ceiling)))
+    return places if only is None else np.intersect1d(places, only)

@@ -15,8 +15,9 @@ import jax.numpy as jnp
 from jax import Array
 
 from lipjax.networks.layers import Affine
-from lipjax.networks.linear_maps import LinearMap, unit
+from lipjax.networks.linear_maps import LinearMap
 from lipjax.norms import spectral
+from lipjax.norms.starts import random_start
 
 
 @jax.tree_util.register_dataclass
@@ -28,20 +29,28 @@ class Estimate:
 
     Attributes:
         key: the starts are drawn from it, one per layer, shared by the examples; or one key per example (B,).
+        ceilings: one norm per place that no sigma may exceed, those of the whole layers, say; where nothing is masked
+            that is the norm. None: no limits.
         tol: stop when the vector moves by no more than this.
         max_iters: cap on the iterations.
     """
 
     key: Array
-    tol: float = dataclasses.field(default=1e-3, metadata={"static": True})
-    max_iters: int = dataclasses.field(default=2000, metadata={"static": True})
+    ceilings: Array | None = None
+    tol: float = dataclasses.field(default=spectral.TOL, metadata={"static": True})
+    max_iters: int = dataclasses.field(default=spectral.MAX_ITERS, metadata={"static": True})
 
     def __call__(self, place: int, layer: Affine, rows: Array, columns: Array) -> tuple[Array, Array]:
         def one(masked: LinearMap, key: Array) -> tuple[Array, Array]:
-            start = _random(masked, key, place)
+            start = random_start(key, place, masked)
             return spectral.converged_norm(masked, start, tol=self.tol, max_iters=self.max_iters)
 
-        return _each(layer, rows, columns, one, lambda _: jnp.int32(0), _keys(self.key, rows))
+        sigma, iterations = _each(layer, rows, columns, one, lambda _: jnp.int32(0), _keys(self.key, rows))
+        if self.ceilings is not None:
+            ceiling = self.ceilings[place]
+            masked = ~jnp.all(rows, tuple(range(1, rows.ndim))) | ~jnp.all(columns, tuple(range(1, columns.ndim)))
+            sigma = jnp.where(masked, jnp.minimum(sigma, ceiling), ceiling)
+        return sigma, iterations
 
 
 @jax.tree_util.register_dataclass
@@ -70,10 +79,10 @@ class WarmStarted:
 
     def __call__(self, place: int, layer: Affine, rows: Array, columns: Array) -> tuple[Array, Array]:
         other = None if self.global_vectors is None else self.global_vectors[place].astype(layer.dtype)
+        noise = self.noise * random_start(self.key, place, layer.linear_map().from_smaller_side())
 
         def one(masked: LinearMap, vector: Array) -> tuple[Array, Array]:
-            start = vector.astype(masked.dtype) + self.noise * unit(_random(masked, self.key, place))
-            return spectral.power_iteration(masked, start, self.num_iters, other)
+            return spectral.power_iteration(masked, vector.astype(masked.dtype) + noise, self.num_iters, other)
 
         return _each(layer, rows, columns, one, lambda vector: vector, self.own_vectors[place])
 
@@ -93,10 +102,10 @@ class RandomStarted:
 
     def __call__(self, place: int, layer: Affine, rows: Array, columns: Array) -> tuple[Array, Array]:
         def one(masked: LinearMap, key: Array) -> tuple[Array, Array]:
-            return spectral.power_iteration(masked, _random(masked, key, place), self.num_iters)
+            return spectral.power_iteration(masked, random_start(key, place, masked), self.num_iters)
 
         def none(key: Array) -> Array:
-            return _random(layer.linear_map().from_smaller_side(), key, place)
+            return random_start(key, place, layer.linear_map().from_smaller_side())
 
         return _each(layer, rows, columns, one, none, _keys(self.key, rows))
 
@@ -143,10 +152,6 @@ def _each(
         return iterate(layer.linear_map().masked(rows, columns).from_smaller_side(), start)
 
     return jax.vmap(one)(rows, columns, start)
-
-
-def _random(linear_map: LinearMap, key: Array, place: int) -> Array:
-    return jax.random.normal(jax.random.fold_in(key, place), linear_map.in_shape, linear_map.dtype)
 
 
 def _keys(key: Array, rows: Array) -> Array:

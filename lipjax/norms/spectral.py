@@ -10,6 +10,8 @@ from jax import Array, lax
 
 from lipjax.networks.linear_maps import LinearMap, length, unit
 
+TOL, MAX_ITERS = 1e-3, 2000  # of the paper's evaluation
+
 
 def power_iteration(
     linear_map: LinearMap, vector: Array, num_iters: int, other: Array | None = None
@@ -51,7 +53,7 @@ def power_iteration(
 
 
 def converged_norm(
-    linear_map: LinearMap, vector: Array, *, tol: float = 1e-3, max_iters: int = 2000
+    linear_map: LinearMap, vector: Array, *, tol: float = TOL, max_iters: int = MAX_ITERS
 ) -> tuple[Array, Array]:
     """Power iteration until ``||u_{t+1} - u_t|| <= tol``, the paper's procedure for evaluation.
 

@@ -62,7 +62,7 @@ class Checkpoints:
         """The newest checkpoint that is whole.
 
         Args:
-            items: what to read, names of :data:`ITEMS`.
+            items: what to read, names of :data:`ITEMS`; one that was empty when it was saved is empty again.
 
         Returns:
             The items by name, and the metadata; None where there is no checkpoint at all.
@@ -86,19 +86,21 @@ class Checkpoints:
         return None
 
     def _read(self, epoch: int, items: tuple[str, ...]) -> tuple[dict[str, Arrays], dict[str, Any]]:
+        facts = self._manager.restore(epoch, args=ocp.args.Composite(metadata=ocp.args.JsonRestore()))["metadata"]
+        written = [item for item in items if f"{item}_sha256" in facts]
         trees = self._manager.item_metadata(epoch)
         # As host arrays, so that a checkpoint of one kind or number of devices is read on any other.
         wanted = {
             item: ocp.args.PyTreeRestore(
                 restore_args=jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), trees[item].tree)
             )
-            for item in items
+            for item in written
         }
-        found = self._manager.restore(epoch, args=ocp.args.Composite(**wanted, metadata=ocp.args.JsonRestore()))
-        for item in items:
-            if sha256(found[item]) != found["metadata"][f"{item}_sha256"]:
+        found = self._manager.restore(epoch, args=ocp.args.Composite(**wanted))
+        for item in written:
+            if sha256(found[item]) != facts[f"{item}_sha256"]:
                 raise ValueError(f"its {item} do not fit their hash")
-        return {item: found[item] for item in items}, found["metadata"]
+        return {item: found[item] if item in written else {} for item in items}, facts
 
 
 def flat(tree: Any) -> Arrays:

@@ -11,6 +11,7 @@ PAGE = pathlib.Path(__file__).parent / "api.md"
 GROUPS = {
     "Questions about a network": ("certify", "certified_radius", "local_lipschitz", "global_lipschitz", "Certificate"),
     "Networks": ("from_flax", "register", "chain", "Graph", "Network", "Node", "Sum", "Concatenation"),
+    "Whole runs": ("load_config", "train", "load_run", "certify_run", "evaluate", "Dataset"),
     "Flax modules": ("ClippedReLU", "MaxMin", "ClippedMaxMin", "Residual"),
     "Certifying many examples": ("Certifier", "load_certificates"),
     "Regions and bounds": (

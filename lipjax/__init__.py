@@ -57,10 +57,7 @@ _OF_RUNS = {
 def __getattr__(name: str) -> _Any:
     if name not in _OF_RUNS:
         return _look_up(name)
-    try:
-        return getattr(_import_module(f"lipjax.experiments.{_OF_RUNS[name]}"), name)
-    except ModuleNotFoundError as error:
-        raise ImportError(f'lipjax.{name} needs {error.name}: pip install "lipjax[train]"') from error
+    return getattr(_import_module(f"lipjax.experiments.{_OF_RUNS[name]}"), name)
 
 
 __version__ = _version("lipjax")

@@ -14,6 +14,7 @@ from lipjax import (
     Region,
     box_and_ball,
     dense,
+    lipschitz_margin,
     pairwise_lipschitz,
     worst_logits,
     worst_margin,
@@ -192,6 +193,25 @@ def test_worst_margin_is_the_least_over_the_rivals():
     assert float(worst_margin(margins, 1)) == 0.0
     assert float(worst_margin(jnp.array([-1.0, 0.0]), 1)) == -1.0
     assert np.isnan(worst_margin(jnp.array([0.0, jnp.nan, 1.0]), 0))
+
+
+@pytest.mark.parametrize("leading", [(3,), (2, 2)])
+def test_margins_of_a_batch_are_those_of_its_examples(leading):
+    count = int(np.prod(leading))
+    cases = [sample(0, 12, 4, 1.0, 0.3, 0.5, live) for live in range(2, 2 + count)]
+    head = cases[0][0]
+    regions = jax.tree.map(
+        lambda *leaves: jnp.stack(leaves).reshape(*leading, *leaves[0].shape), *(c[1] for c in cases)
+    )
+    labels = jnp.arange(count).reshape(leading) % 4
+    sigma = jnp.linspace(1, 2, count)
+    for margins, rest in ((box_and_ball, ()), (pairwise_lipschitz, ()), (lipschitz_margin, (sigma,))):
+        found = margins(head, regions, labels, *(each.reshape(leading) for each in rest))
+        one_by_one = [
+            margins(head, region, label, *(each[k] for each in rest))
+            for k, ((_, region, _), label) in enumerate(zip(cases, labels.ravel(), strict=True))
+        ]
+        np.testing.assert_allclose(found, jnp.stack(one_by_one).reshape(*leading, 4), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(("radius", "width"), [(0.4, 0.2), (0.05, 0.2), (50.0, 0.2)])

@@ -283,6 +283,46 @@ def test_the_ledger_keeps_the_largest_gap_and_counts_each_start_once():
     assert (ledger.largest_gap, ledger.starts, ledger.products) == (0.5, 2, 4)
 
 
+@pytest.mark.parametrize("level", ["probabilistic", "estimate"])
+@pytest.mark.parametrize("kind", ["dense clipped", "dense pairs"])
+def test_constants_of_logits_and_of_a_margin_are_those_of_the_oracle(kind, level):
+    network, x, _ = case(kind, shift=0.3)
+    features, options = oracle_lipschitz(network, x, 0.1), {"level": level, "key": KEY}
+    head = oracles.DenseNetwork(network).head[0]
+    live = [oracles.DenseNetwork(network).regions(one.astype(np.float64).ravel(), 0.1)[0][-1][2] for one in x]
+    exact = {
+        "logits": features * [oracles.spectral_norm(head * mask) for mask in live],
+        (0, 2): features * [np.linalg.norm((head[0] - head[2]) * mask) for mask in live],
+    }
+    whole = oracle_global(network) * np.array([oracles.spectral_norm(head), np.linalg.norm(head[0] - head[2])])
+    for (of, local), constant in zip(exact.items(), whole, strict=True):
+        found = np.asarray(lipjax.local_lipschitz(network, jnp.asarray(x), 0.1, of=of, **options))
+        everywhere = float(lipjax.global_lipschitz(network, of=of, **options))
+        np.testing.assert_allclose(found, local, rtol=0.01)
+        assert everywhere == pytest.approx(constant, rel=0.01)
+        if level == "probabilistic":
+            assert np.all(found >= local * (1 - 1e-5))
+            assert everywhere >= constant * (1 - 1e-5)
+
+
+def test_a_constant_of_what_is_not_there_is_refused():
+    network, x, _ = case("dense clipped")
+    for of, message in ((("features",), "two classes"), ((0, 99), r"of=\(0, 99\) names a class that is not there")):
+        with pytest.raises(ValueError, match=message):
+            lipjax.local_lipschitz(network, jnp.asarray(x), 0.1, of=of, key=KEY)
+
+
+@pytest.mark.parametrize("kind", ["dense clipped", "conv relu"])
+def test_level_estimate_is_one_procedure_traced_or_not(kind):
+    network, x, label = case(kind, shift=0.3)
+    host = Certifier(network, BATCH, level="estimate", key=KEY)
+    found = host.with_local_norms(x, label, 0.1, np.arange(BATCH)).certificate.lipschitz
+    traced = jax.jit(lambda x: lipjax.local_lipschitz(network, x, 0.1, level="estimate", key=KEY))(jnp.asarray(x))
+    np.testing.assert_allclose(traced, found, rtol=1e-5)
+    everywhere = lipjax.global_lipschitz(network, level="estimate", key=KEY)
+    assert float(everywhere) == pytest.approx(host.global_lipschitz, rel=1e-5)
+
+
 def test_the_ledger_counts_the_starts_of_the_whole_layers_and_of_every_example_and_layer():
     network, x, label = case("conv relu", count=2 * BATCH)
     certifier = Certifier(network, 2 * BATCH, key=KEY, delta=1e-3, rounds=2)

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 import lipjax
+from lipjax.errors import InputError
 from lipjax.experiments import certifying, data, runs, settings
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -117,13 +118,13 @@ def test_a_corrupt_checkpoint_is_refused_and_the_one_before_it_used(finished, tm
 
 def test_resuming_with_another_config_is_refused(finished):
     workdir, _ = finished
-    with pytest.raises(settings.InputError, match=r"--config\.eps_train=0\.7 differs from the run to resume"):
+    with pytest.raises(InputError, match=r"--config\.eps_train=0\.7 differs from the run to resume"):
         runs.train(shrunk("local_gloro", "--config.eps_train=0.7"), workdir, resume=True)
 
 
 def test_a_used_folder_is_refused(finished):
     workdir, _ = finished
-    with pytest.raises(settings.InputError, match="is not empty; go on with --resume"):
+    with pytest.raises(InputError, match="is not empty; go on with --resume"):
         runs.train(shrunk(), workdir, resume=False)
 
 
@@ -198,7 +199,7 @@ def test_steps_compile_once_in_a_whole_run(method, tmp_path):
 def test_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path):
     workdir = tmp_path / "diverging"
     config = shrunk("gloro", "--config.schedule.learning_rate=1e18", "--config.schedule.learning_rate_end=1e18")
-    with pytest.raises(settings.InputError, match="no longer finite.*last good checkpoint is kept"):
+    with pytest.raises(InputError, match="no longer finite.*last good checkpoint is kept"):
         runs.train(config, workdir, resume=False)
     assert not list(workdir.glob("checkpoints/*/[0-9]*"))
 
@@ -229,5 +230,81 @@ def test_the_shipped_digits_run_is_read_at_once(tmp_path):
 
 def test_a_folder_that_is_no_run_cannot_be_resumed(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(settings.InputError, match=r"is not a run to resume: it has no config\.json"):
+    with pytest.raises(InputError, match=r"is not a run to resume: it has no config\.json"):
         runs.train(shrunk(), tmp_path, resume=True)
+
+
+# From Python
+
+
+def test_a_run_goes_on_for_more_epochs_and_not_for_fewer(finished, tmp_path):
+    straight, _ = finished
+    workdir = tmp_path / "longer"
+    shutil.copytree(straight, workdir)
+    run = lipjax.train(shrunk("local_gloro", "--config.schedule.epochs=5"), workdir, resume=True)
+    rows = rows_without_timings(workdir)
+    assert rows[:3] == rows_without_timings(straight)
+    assert [row["epoch"] for row in rows[3:]] == [4, 5]
+    # The schedules are those of the new number, from the step where the run is.
+    straight_from_here = settings.parse([f"--config={ROOT / 'configs' / 'digits.py'}", "--config.schedule.epochs=5"])
+    assert rows[3]["learning_rate"] > rows[2]["learning_rate"]
+    assert rows[4]["learning_rate"] == pytest.approx(straight_from_here.schedule.learning_rate_end, rel=0.5)
+    assert run.config.schedule.epochs == 5
+    with pytest.raises(InputError, match=r"schedule\.epochs=3 differs from the run to resume, which has 5"):
+        lipjax.train(shrunk(), workdir, resume=True)
+
+
+def test_a_run_starts_from_the_weights_of_another(finished, tmp_path):
+    straight, _ = finished
+    still = ("--config.schedule.epochs=1", f"--config.init={straight}", "--config.schedule.learning_rate=1e-12")
+    still = (*still, "--config.schedule.learning_rate_end=1e-12")
+    run, origin = lipjax.train(shrunk("gloro", *still), tmp_path / "run"), lipjax.load_run(straight)
+    for found, given in zip(jax.tree.leaves(run.network), jax.tree.leaves(origin.network), strict=True):
+        np.testing.assert_allclose(found, given, atol=1e-9)
+    with pytest.raises(
+        InputError, match=r"--config\.init=\S* has nothing for \S*, where the model has \(.*same architecture"
+    ):
+        lipjax.train(shrunk("gloro", *still, "--config.model.architecture=small_cnn"), tmp_path / "other")
+
+
+def test_a_config_is_read_and_overridden_from_python():
+    config = lipjax.load_config(str(ROOT / "configs" / "digits.py") + ":gloro", schedule__epochs=7, eps=0.25)
+    assert (config.method.name, config.schedule.epochs, config.eps) == ("gloro", 7, 0.25)
+    config.schedule.batch_size = 0
+    with pytest.raises(InputError, match=r"schedule\.batch_size=0 cannot be used"):
+        lipjax.train(config, "nowhere")
+
+
+def test_arrays_are_evaluated_like_the_data_set_of_a_run(finished, tmp_path):
+    workdir, _ = finished
+    run, test = lipjax.load_run(workdir), data.load("digits", "test")
+    summary = lipjax.certify_run(workdir, limit=12, output=tmp_path)
+    mine = lipjax.Dataset.of(test.images[:12].astype(np.float32) / test.scale, test.labels[:12])
+    found = lipjax.evaluate(run.network, mine, run.config.eps, batch_size=6, seed=run.config.seed, rule=run.rule)
+    assert found.summary["counts"] == summary["counts"]
+    with np.load(tmp_path / "certificates.npz") as file:
+        np.testing.assert_array_equal(found.columns["worst_margin"], file["worst_margin"])
+    with pytest.raises(InputError, match=r"Dataset\.of: images are int64 .* expected uint8, or floating-point"):
+        lipjax.Dataset.of(test.images.astype(int), test.labels)
+
+
+# Of older versions
+
+
+def test_runs_of_0_3_and_0_4_load_and_go_on(tmp_path):
+    shipped = ROOT / "results" / "digits"  # trained by 0.3: its config knows nothing of the dual
+    old, config = lipjax.load_run(shipped), json.loads((shipped / "config.json").read_text())
+    assert not {"dual", "init"} & config.keys()
+    later = tmp_path / "later"
+    shutil.copytree(shipped, later)
+    (later / "config.json").write_text(json.dumps({**config, "dual": {"num_rivals": 1}}))
+    for found, given in zip(jax.tree.leaves(lipjax.load_run(later).network), jax.tree.leaves(old.network), strict=True):
+        np.testing.assert_array_equal(found, given)
+    longer = lipjax.load_config(str(ROOT / "configs" / "digits.py"), schedule__epochs=101)
+    assert lipjax.train(longer, later, resume=True).checkpoint["epoch"] == 101
+
+
+def test_certificates_of_older_versions_are_refused_with_the_reason():
+    shipped = ROOT / "results" / "digits"
+    with pytest.raises(InputError, match=r"was written by lipjax 0\.4\.0, which described networks in another way"):
+        lipjax.load_certificates(shipped / "certificates.npz", lipjax.load_run(shipped).network)

@@ -1,12 +1,15 @@
 """Worst-case logits over a region of features.
 
-For a label y and a rival j let c = w_y - w_j be the difference of their rows of the last layer. Every function gives,
-for one example, lower bounds of logits[y] - logits[j] over the region, one per class; the label's own entry is 0.
+For a label y and a rival j let c = w_y - w_j be the difference of their rows of the last layer. The functions of a head
+and a region give lower bounds of logits[y] - logits[j] over the region, one per class; the label's own entry is 0. They
+take one example or a batch, with whatever leading axes the labels have.
 """
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -18,33 +21,51 @@ from lipjax.networks.linear_maps import length
 from lipjax.networks.regions import Region
 
 
+def batched(margins: Callable[..., Array]) -> Callable[..., Array]:
+    """Margins of one example as a function of those and of batches: labels (...) and regions give (..., classes)."""
+
+    @functools.wraps(margins)
+    def of_any(head: Affine, region: Region, label: Array, *given: Array, **options: int) -> Array:
+        if not jnp.ndim(label):
+            return margins(head, region, label, *given, **options)
+
+        def one(region: Region, label: Array, *given: Array) -> Array:
+            return of_any(head, region, label, *given, **options)
+
+        return jax.vmap(one)(region, jnp.asarray(label), *given)
+
+    return of_any
+
+
+@batched
 def pairwise_lipschitz(head: Affine, region: Region, label: Array) -> Array:
     """``margin - radius ||I c||``, I the live features: the ball alone, one direction per rival (GloRo, [H21] Eq 5).
 
     Args:
         head: the last layer.
-        region: features of one example; its ball is used.
-        label: integer scalar.
+        region: features, with the leading axes of the labels; its ball is used.
+        label: integers (...).
 
     Returns:
-        Margins (classes,).
+        Margins (..., classes).
     """
     margins, directions = pairs(head, region.center, label)
     masked = jnp.where(region.live.ravel()[None], directions, 0)
     return margins - region.ball * jax.vmap(length)(masked)
 
 
+@batched
 def lipschitz_margin(head: Affine, region: Region, label: Array, sigma: Array) -> Array:
     """``margin - sqrt(2) radius ||W I||``, I the live features: one direction-free constant for all rivals (LMT).
 
     Args:
         head: the last layer, W.
-        region: features of one example; its ball is used.
-        label: integer scalar.
-        sigma: norm of the last layer over the live features, an upper bound of it if the margins are to be bounds.
+        region: features, with the leading axes of the labels; its ball is used.
+        label: integers (...).
+        sigma: norms (...) of the last layer over the live features, upper bounds if the margins are to be bounds.
 
     Returns:
-        Margins (classes,).
+        Margins (..., classes).
 
     Reference:
         [LMT] section 4.
@@ -54,6 +75,7 @@ def lipschitz_margin(head: Affine, region: Region, label: Array, sigma: Array) -
     return logits[label] - logits - jnp.where(own, 0, math.sqrt(2) * region.ball * sigma)
 
 
+@batched
 def box_and_ball(head: Affine, region: Region, label: Array, num_iters: int = 16) -> Array:
     """The smallest margin over the intersection of box and ball (BCP), by its dual.
 
@@ -67,12 +89,13 @@ def box_and_ball(head: Affine, region: Region, label: Array, num_iters: int = 16
 
     Args:
         head: the last layer.
-        region: features of one example; box and ball are used, or the box alone where there is no ball.
-        label: integer scalar.
+        region: features, with the leading axes of the labels; box and ball are used, or the box alone where there is
+            no ball.
+        label: integers (...).
         num_iters: iterations that look for t.
 
     Returns:
-        Margins (classes,).
+        Margins (..., classes).
 
     Soundness:
         A lower bound of the margins over the region, up to rounding.

@@ -26,11 +26,10 @@ from lipjax.certification.pairs import Ascent, Starts, proven_margins
 from lipjax.networks.graph import Network, check_network
 from lipjax.networks.layers import Affine, Scale
 from lipjax.networks.regions import check_domain, check_eps, l2_ball
-from lipjax.norms import cohorts, solvers, spectral, starts
+from lipjax.norms import cohorts, solvers, starts
 from lipjax.norms.cohorts import MaskedLayer, Norms
 
 LEAST_EPS = 1e-100
-CHECK_ITERS, CHECK_TOLERANCE = 20, 1e-3  # of norms that layers say of themselves, in float32
 
 
 @jax.tree_util.register_dataclass
@@ -114,7 +113,7 @@ class Certifier:
         with self._precision():
             self.network = self.inference.astype(self.claim.dtype)
             self.sigmas = self._global_norms()
-        check_known_norms(network)
+        cohorts.check_known_norms(network.layers)
 
     @property
     def claim(self) -> cohorts.Claim:
@@ -289,22 +288,6 @@ class Certifier:
         if self.claim.dtype == np.float64:
             return jax.enable_x64(True)
         return contextlib.nullcontext()
-
-
-def check_known_norms(network: Network) -> None:
-    """Raises ValueError where a layer says of itself a norm that a lower bound of it exceeds."""
-    for place, layer in enumerate(network.layers):
-        said = cohorts.by_construction(cohorts.whole(layer, place))
-        if said is None:
-            continue
-        linear_map = layer.linear_map().from_smaller_side()
-        start = jax.random.normal(jax.random.key(place), linear_map.in_shape, linear_map.dtype)
-        least, _ = spectral.power_iteration(linear_map, start, CHECK_ITERS)
-        if least > said.sigma[0] * (1 + CHECK_TOLERANCE):
-            raise ValueError(
-                f"layer {place}, {type(layer).__name__}, says that its norm is at most {said.sigma[0]:g}, but it is at "
-                f"least {float(least):g}; correct its known_norm, or leave it out"
-            )
 
 
 def _certification(bounds: Bounds, certificate: Certificate, products: np.ndarray, steps: np.ndarray) -> Certification:

@@ -20,7 +20,8 @@ import jax
 import numpy as np
 
 from lipjax.certification.certifier import Certifier
-from lipjax.certification.stages import Evidence, Progress
+from lipjax.certification.evidence import Evidence
+from lipjax.certification.stages import Progress
 
 
 class ProgressFile:

@@ -9,8 +9,8 @@ from collections.abc import Callable
 import numpy as np
 
 from lipjax.certification.certifier import Certification, Certifier
+from lipjax.certification.evidence import Evidence, Examples
 from lipjax.certification.pairs import Ascent, Starts
-from lipjax.certification.stages import Evidence, Examples
 
 # A test takes radii (N,), the places among N that are asked for, and the round; it says which of those pass.
 Test = Callable[[np.ndarray, np.ndarray, int], np.ndarray]
@@ -28,7 +28,8 @@ def largest_passing(
         high: the least radius known to be refused (N,), infinite where there is none.
         start: the first radius to try (N,) where ``low`` is 0.
         max_eps: no larger radius is tried.
-        tol: stop when the interval between the largest that passed and the least that was refused is at most this.
+        tol: stop when the interval between the largest that passed and the least that was refused is at most ``tol``
+            times the former, or times 1 where it is larger, and times ``tol`` where it is smaller.
         rounds: one test per example each.
 
     Returns:
@@ -36,7 +37,7 @@ def largest_passing(
     """
     passed, refused = low.copy(), high.copy()
     for round_ in rounds:
-        places = np.flatnonzero((refused - passed > tol) & (passed < max_eps))
+        places = np.flatnonzero((refused - passed > tol * np.clip(passed, tol, 1)) & (passed < max_eps))
         if not places.size:
             break
         growing = np.where(passed > 0, 2 * passed, start)
@@ -74,7 +75,7 @@ def certified_radii(
         low: radii known to pass (B,); default 0.
         high: radii known to be refused (B,); default infinite. Wrong predictions need no mention.
         max_eps: no larger radius is tried; default the diameter of the pixel range [0, 1]^d.
-        tol: absolute, in pixels.
+        tol: see :func:`largest_passing`.
         first_round: rounds of the certifier that these examples have used before.
         stages: which of "global", "local" and "dual" may pass a radius. Without "local" the norms are global ones.
         options: of the dual's ascent.
@@ -90,7 +91,7 @@ def certified_radii(
     slope = _steepest(certifier, label)
     with np.errstate(divide="ignore", invalid="ignore"):
         guess = np.where(slope > 0, clean.worst_margin / np.where(slope > 0, slope, 1), np.inf)
-    guess = np.clip(np.where(np.isfinite(guess), guess, max_eps), tol, max_eps)
+    guess = np.clip(np.where(np.isfinite(guess), guess, max_eps), tol**2, max_eps)
 
     def with_global_norms(eps: np.ndarray, places: np.ndarray, _: int) -> np.ndarray:
         return certifier.with_global_norms(x, label, eps).certificate.certified[places]

@@ -19,20 +19,10 @@ from lipjax.bounds.rule import Rule
 from lipjax.certification.certificates import Certificate
 from lipjax.certification.certifier import Certifier
 from lipjax.certification.checks import check_batch, check_labels, check_start_key
+from lipjax.certification.evidence import Examples, no_evidence
 from lipjax.certification.pairs import Ascent
 from lipjax.certification.radius import certified_radii
-from lipjax.certification.stages import (
-    BOUNDING,
-    Dual,
-    Examples,
-    Global,
-    Local,
-    StageOf,
-    chosen_stages,
-    climb,
-    ladder_of,
-    no_evidence,
-)
+from lipjax.certification.stages import BOUNDING, Dual, Global, Local, StageOf, chosen_stages, climb, ladder_of
 from lipjax.networks.graph import Network, check_network
 from lipjax.networks.layers import Bilinear, dense
 from lipjax.networks.regions import (
@@ -139,7 +129,8 @@ def certified_radius(
         x: inputs (B, ...) in [0, 1] pixels.
         label: integers (B,).
         max_eps: no larger radius is tried; default the diameter of the pixel range.
-        tol: width of the last interval, in pixels.
+        tol: width of the last interval, relative to the radius, in pixels where that is larger than 1; radii below
+            ``tol`` are known to ``tol**2`` pixels.
         max_rounds: tests per example; delta is divided by them in advance.
         stages: which tests there are, ``dual_steps`` and ``rule`` likewise as of :func:`certify`. The dual goes on from
             radius to radius with the multipliers that it has found.

@@ -12,7 +12,7 @@ from jax import Array
 
 from lipjax.certification.attacks import attack_round, attack_rounds, pgd
 from lipjax.certification.certifier import Certifier
-from lipjax.certification.stages import Evidence, Examples
+from lipjax.certification.evidence import Evidence, Examples
 from lipjax.networks.graph import Network
 
 PGD_STEPS, PGD_ROUNDS = 25, 4  # the paper's 100 steps; who is broken after a round leaves

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from lipjax.bounds.rule import Rule
 from lipjax.certification.certifier import Certifier
+from lipjax.certification.evidence import Evidence, Examples, no_evidence
 from lipjax.certification.pairs import Ascent
 from lipjax.certification.progress import ProgressFile, digest
 from lipjax.certification.radius import Radius
@@ -24,8 +25,6 @@ from lipjax.certification.stages import (
     NAMES,
     Cohorts,
     Dual,
-    Evidence,
-    Examples,
     Global,
     Local,
     Stage,
@@ -33,7 +32,6 @@ from lipjax.certification.stages import (
     chosen_stages,
     climb,
     ladder_of,
-    no_evidence,
 )
 from lipjax.certification.triage import Attack
 from lipjax.experiments.data import Dataset

@@ -146,16 +146,16 @@ class Run:
     def spread(self, state: TrainState) -> TrainState:
         """A state on all devices: everything replicated, but the vectors, which are dealt out with the examples."""
         dealt = {name: self._deal_all(getattr(state, name)) for name in ("vectors", "validation_vectors")}
-        shared = dataclasses.replace(state, vectors=(), validation_vectors=())
-        shared = jax.tree.map(lambda leaf: np.broadcast_to(leaf[None], (self.devices, *leaf.shape)), shared)
-        return training_step.placed(dataclasses.replace(shared, **dealt))
+        replicated = dataclasses.replace(state, vectors=(), validation_vectors=())
+        replicated = jax.tree.map(lambda leaf: np.broadcast_to(leaf[None], (self.devices, *leaf.shape)), replicated)
+        return training_step.placed(dataclasses.replace(replicated, **dealt))
 
     def gathered(self, state: TrainState) -> TrainState:
         """The inverse of :meth:`spread`, on the host."""
-        shared = jax.tree.map(sharding.first_shard, dataclasses.replace(state, vectors=(), validation_vectors=()))
+        replicated = jax.tree.map(sharding.first_shard, dataclasses.replace(state, vectors=(), validation_vectors=()))
         vectors = tuple(sharding.collect(table, len(self.train)) for table in state.vectors)
         validation = tuple(sharding.collect(table, len(self.validation)) for table in state.validation_vectors)
-        return dataclasses.replace(shared, vectors=vectors, validation_vectors=validation)
+        return dataclasses.replace(replicated, vectors=vectors, validation_vectors=validation)
 
     def epoch(self, state: TrainState, epoch: int) -> tuple[TrainState, dict[str, Any]]:
         """All steps of one epoch, then validation and the probe: the state and a row of the log."""
@@ -259,12 +259,12 @@ class Run:
         if not size:
             return {}
         rest = dataclasses.replace(state, vectors=(), validation_vectors=(), opt_state=())
-        shared = jax.tree.map(sharding.first_shard, rest)
+        replicated = jax.tree.map(sharding.first_shard, rest)
         vectors = tuple(sharding.first_shard(table)[:size] for table in state.vectors)
         # The first device's share comes first in the data set, so its first vectors are those of the first images.
         size = min(size, *(len(table) for table in vectors)) if vectors else size
         x = self.train.images[:size].astype(np.float32) / self.train.scale
-        estimated, converged, whole = (np.asarray(a, np.float64) for a in self.probe(shared, vectors, x))
+        estimated, converged, whole = (np.asarray(a, np.float64) for a in self.probe(replicated, vectors, x))
         # A layer that is dead altogether has norm 0 in both.
         ratios = np.where(converged > 0, estimated / np.where(converged > 0, converged, 1), 1)
         return {

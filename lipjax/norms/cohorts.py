@@ -7,7 +7,7 @@ docs/extending.md for a solver of your own.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -17,7 +17,10 @@ from jax import Array
 
 from lipjax.networks.layers import Affine
 from lipjax.networks.linear_maps import LinearMap
+from lipjax.norms import spectral
 from lipjax.norms.starts import random_start
+
+CHECK_ITERS, CHECK_TOLERANCE = 20, 1e-3  # of norms that layers say of themselves, in float32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,6 +208,22 @@ def by_construction(masked: MaskedLayer) -> Norms | None:
     """Norms that a layer knows, at no cost, or None where it does not."""
     found = _known_norms(masked)
     return None if found is None else known(np.asarray(found, np.float64), len(masked))
+
+
+def check_known_norms(layers: Sequence[Affine]) -> None:
+    """Raises ValueError where a layer says of itself a norm that a lower bound of it exceeds."""
+    for place, layer in enumerate(layers):
+        said = by_construction(whole(layer, place))
+        if said is None:
+            continue
+        linear_map = layer.linear_map().from_smaller_side()
+        start = jax.random.normal(jax.random.key(place), linear_map.in_shape, linear_map.dtype)
+        least, _ = spectral.power_iteration(linear_map, start, CHECK_ITERS)
+        if least > said.sigma[0] * (1 + CHECK_TOLERANCE):
+            raise ValueError(
+                f"layer {place}, {type(layer).__name__}, says that its norm is at most {said.sigma[0]:g}, but it is at "
+                f"least {float(least):g}; correct its known_norm, or leave it out"
+            )
 
 
 def whole(layer: Affine, place: int = 0, key: Array | None = None) -> MaskedLayer:

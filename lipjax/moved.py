@@ -13,6 +13,7 @@ NAMES = {
     "MaxPool": "lipjax.MaxPoolActivation",
 }
 MODULES = {"models": ("lipjax.reading.modules", "lipjax.experiments.architectures")}
+METHODS = {"globally": "with_global_norms", "locally": "with_local_norms", "dually": "by_dual"}  # of Certifier
 GONE = {
     "Block": "a network is a graph: use lipjax.chain(layer, activation, ..., head), or lipjax.Graph",
     "Fork": "a network is a graph: use lipjax.Graph, with lipjax.Sum for a sum",
@@ -48,6 +49,18 @@ def look_up_in(module: str, name: str) -> Any:
             _warn(f"lipjax.{module}.{name}", f"{place}.{name}")
             return found
     raise AttributeError(f"module 'lipjax.{module}' has no attribute {name!r}")
+
+
+def look_up_method(certifier: Any, name: str) -> Any:
+    """What a method of a certifier of an older version is today.
+
+    Raises:
+        AttributeError: there is no such name.
+    """
+    if name not in METHODS:
+        raise AttributeError(f"{type(certifier).__name__!r} object has no attribute {name!r}")
+    _warn(f"Certifier.{name}", f"Certifier.{METHODS[name]}")
+    return getattr(certifier, METHODS[name])
 
 
 def _warn(old: str, new: str) -> None:

@@ -1,5 +1,6 @@
 """Names of older versions: what moved warns, what is gone says what took its place."""
 
+import jax.numpy as jnp
 import pytest
 
 import lipjax
@@ -35,3 +36,13 @@ def test_a_name_that_is_gone_says_what_took_its_place(name):
 def test_a_name_that_never_was_is_an_ordinary_error():
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
         _ = lipjax.nothing
+
+
+@pytest.mark.parametrize(("old", "new"), moved.METHODS.items())
+def test_methods_of_a_certifier_warn(old, new):
+    network = lipjax.chain(lipjax.dense(jnp.eye(2), jnp.zeros(2), (2,)))
+    certifier = lipjax.Certifier(network, 1, level="deterministic")
+    with pytest.warns(DeprecationWarning, match=rf"Certifier\.{old} is Certifier\.{new} now"):
+        assert getattr(certifier, old) == getattr(certifier, new)
+    with pytest.raises(AttributeError, match="'Certifier' object has no attribute 'universally'"):
+        certifier.universally  # noqa: B018

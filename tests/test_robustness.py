@@ -552,7 +552,7 @@ def test_a_flax_model_of_ones_own_is_certified_with_64_bits_off_and_on(x64):
     for value in (scope["lipschitz"], scope["radius"], certificate.worst_margin, certificate.lipschitz):
         assert value.shape == (4,)
         assert np.isfinite(value).all()
-    # Who is decided by global norms keeps their constant.
+    # Whom global norms certify keeps their constant.
     assert np.all(np.asarray(scope["lipschitz"]) <= np.asarray(certificate.lipschitz) * (1 + 2e-3))
     right = np.asarray(certificate.prediction) == np.arange(4)
     assert np.all((np.asarray(scope["radius"]) > 0) <= right)

@@ -246,9 +246,8 @@ def test_a_run_goes_on_for_more_epochs_and_not_for_fewer(finished, tmp_path):
     assert rows[:3] == rows_without_timings(straight)
     assert [row["epoch"] for row in rows[3:]] == [4, 5]
     # The schedules are those of the new number, from the step where the run is.
-    straight_from_here = settings.parse([f"--config={ROOT / 'configs' / 'digits.py'}", "--config.schedule.epochs=5"])
     assert rows[3]["learning_rate"] > rows[2]["learning_rate"]
-    assert rows[4]["learning_rate"] == pytest.approx(straight_from_here.schedule.learning_rate_end, rel=0.5)
+    assert rows[4]["learning_rate"] < rows[3]["learning_rate"]
     assert run.config.schedule.epochs == 5
     with pytest.raises(InputError, match=r"schedule\.epochs=3 differs from the run to resume, which has 5"):
         lipjax.train(shrunk(), workdir, resume=True)

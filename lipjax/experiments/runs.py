@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import math
 import pathlib
@@ -25,10 +26,11 @@ from lipjax.norms import estimates
 from lipjax.reading import flax
 from lipjax.training import methods, objectives, sharding, training_step
 from lipjax.training.checkpoints import Checkpoints, flat, unflat
+from lipjax.training.objectives import Metrics
 from lipjax.training.training_step import Batch, Images, TrainState
 
 SCORES = ("certified_accuracy", "pgd_accuracy", "clean_accuracy")  # the first that a method has chooses its best epoch
-FETCH_EVERY = 4  # steps in flight; forced CPU devices must synchronise at least every 8
+IN_FLIGHT = 4  # steps that are dispatched before the metrics of the first are read; forced CPU devices allow at most 8
 
 
 def train(config: Config, workdir: str | pathlib.Path, *, resume: bool = False) -> TrainedRun:
@@ -226,32 +228,30 @@ class Run:
     def _sweep(self, step, state: TrainState, images: Images, batches: Iterator[Batch], bar: tqdm | None):
         """Run a step over batches: the state and the metrics averaged over the examples."""
         sums: dict[str, np.ndarray] = {}
-        count, pending = 0.0, []
+        count, in_flight = 0.0, collections.deque()
         for batch in batches:
             state, metrics = step(state, images, batch)
-            pending.append((metrics, float(batch.weight.sum())))
-            if len(pending) == FETCH_EVERY:
-                count = self._fetch(pending, sums, count, bar)
-        count = self._fetch(pending, sums, count, bar)
+            in_flight.append((metrics, float(batch.weight.sum())))
+            if len(in_flight) == IN_FLIGHT:
+                count += self._add(*in_flight.popleft(), sums, bar)
+        for each in in_flight:
+            count += self._add(*each, sums, bar)
         return state, _row({key: value / count for key, value in sums.items()})
 
-    def _fetch(self, pending: list, sums: dict[str, np.ndarray], count: float, bar: tqdm | None) -> float:
-        """Bring the metrics of steps in flight to the host and add them up."""
-        for metrics, weight in pending:
-            values = {key: np.asarray(sharding.first_shard(value), np.float64) for key, value in metrics.items()}
-            if not values.pop("finite", np.ones(())):
-                raise InputError(
-                    f"the loss or the parameters are no longer finite (loss {float(values['loss'])}); the last good "
-                    f"checkpoint is kept in {self.workdir}: lower --config.schedule.learning_rate and train again"
-                )
-            for key, value in values.items():
-                sums[key] = sums.get(key, 0.0) + weight * value
-            count += weight
-            if bar is not None:
-                bar.set_postfix_str(reports.short(_row(values)), refresh=False)
-                bar.update(round(weight))
-        pending.clear()
-        return count
+    def _add(self, metrics: Metrics, weight: float, sums: dict[str, np.ndarray], bar: tqdm | None) -> float:
+        """Bring the metrics of a step to the host and add them to sums over examples; gives their number."""
+        values = {key: np.asarray(sharding.first_shard(value), np.float64) for key, value in metrics.items()}
+        if not values.pop("finite", np.ones(())):
+            raise InputError(
+                f"the loss or the parameters are no longer finite (loss {float(values['loss'])}); the last good "
+                f"checkpoint is kept in {self.workdir}: lower --config.schedule.learning_rate and train again"
+            )
+        for key, value in values.items():
+            sums[key] = sums.get(key, 0.0) + weight * value
+        if bar is not None and not bar.disable:
+            bar.set_postfix_str(reports.short(_row(values)), refresh=False)
+            bar.update(round(weight))
+        return weight
 
     def _probe_row(self, state: TrainState) -> dict[str, Any]:
         """Norms of a fixed sample of training examples, as training estimates them and converged."""

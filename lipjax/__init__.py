@@ -34,7 +34,7 @@ from lipjax.networks.maxmin import ClippedMaxMinActivation, MaxMinActivation
 from lipjax.networks.pooling import MaxPoolActivation
 from lipjax.networks.regions import Preactivation, Region, l2_ball
 from lipjax.norms.estimates import Estimate, Given, RandomStarted, WarmStarted, whole_norms
-from lipjax.norms.spectral import (
+from lipjax.norms.power_iteration import (
     converged_norm,
     power_iteration,
 )

@@ -69,7 +69,7 @@ def ascend(
             state = begin(start_slopes(network, own))
         else:
             state = resume(network, own, chosen, rival, multipliers)
-        return finish(network, own, chosen, rival, climb(network, own, chosen, rival, state, num_steps, num_steps))
+        return finish(network, own, chosen, rival, take_steps(network, own, chosen, rival, state, num_steps, num_steps))
 
     pairs, at_once = (jnp.repeat(jnp.arange(count), asked), rivals.reshape(-1), flat), pairs_at_once(network)
     found, multipliers = jax.vmap(one)(pairs) if count * asked <= at_once else lax.map(one, pairs, batch_size=at_once)
@@ -81,7 +81,7 @@ def ascend(
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Climb:
+class AscentState:
     """An ascent on its way, of one pair.
 
     Attributes:
@@ -127,14 +127,14 @@ def free(slopes: tuple[Array, ...], log_weights: Array) -> Choose:
     return choose
 
 
-def begin(slopes: tuple[Array, ...], log_weights: Array | None = None) -> Climb:
+def begin(slopes: tuple[Array, ...], log_weights: Array | None = None) -> AscentState:
     """The ascent of one pair from some slopes, and from mu r = ||c|| unless other weights are given."""
     if log_weights is None:
         log_weights = jnp.zeros(len(slopes), slopes[0].dtype if slopes else None)
-    return Climb(slopes, log_weights, _adam(1).init((slopes, log_weights)))
+    return AscentState(slopes, log_weights, _adam(1).init((slopes, log_weights)))
 
 
-def resume(network: Network, bounds: Bounds, label: Array, rival: Array, multipliers: Multipliers) -> Climb:
+def resume(network: Network, bounds: Bounds, label: Array, rival: Array, multipliers: Multipliers) -> AscentState:
     """The ascent of one pair from multipliers: from the slopes nearest to those at the center that give them."""
     trace = pull(network, bounds, label, rival, given(multipliers))
     slopes, log_weights = [], []
@@ -152,7 +152,9 @@ def resume(network: Network, bounds: Bounds, label: Array, rival: Array, multipl
     return begin(tuple(slopes), jnp.stack(log_weights) if log_weights else None)
 
 
-def climb(network: Network, bounds: Bounds, label: Array, rival: Array, state: Climb, num_steps: int, of: int) -> Climb:
+def take_steps(
+    network: Network, bounds: Bounds, label: Array, rival: Array, state: AscentState, num_steps: int, of: int
+) -> AscentState:
     """Some of the steps of an ascent of one pair.
 
     Args:
@@ -169,15 +171,17 @@ def climb(network: Network, bounds: Bounds, label: Array, rival: Array, state: C
     def loss(moved: tuple) -> Array:
         return -value(network, bounds, pull(network, bounds, label, rival, free(*moved)))
 
-    def step(_: int, state: Climb) -> Climb:
+    def step(_: int, state: AscentState) -> AscentState:
         moved = state.slopes, state.log_weights
         updates, moments = adam.update(jax.grad(loss)(moved), state.adam)
-        return Climb(*optax.apply_updates(moved, updates), moments)
+        return AscentState(*optax.apply_updates(moved, updates), moments)
 
     return lax.fori_loop(0, num_steps, step, state)
 
 
-def finish(network: Network, bounds: Bounds, label: Array, rival: Array, state: Climb) -> tuple[Array, Multipliers]:
+def finish(
+    network: Network, bounds: Bounds, label: Array, rival: Array, state: AscentState
+) -> tuple[Array, Multipliers]:
     """The margin of one pair after an ascent, with the best weights for its multipliers, and both of them."""
 
     def choose(place: int, activation: Activation, c: Array, before: Preactivation) -> tuple[Array, Array]:

@@ -22,7 +22,7 @@ from lipjax.networks.activations import Activation
 from lipjax.networks.graph import Concatenation, Network, Node, Sum, check_network
 from lipjax.networks.layers import Affine, Shape
 from lipjax.networks.linear_maps import length
-from lipjax.networks.regions import Preactivation, Region, all_finite
+from lipjax.networks.regions import Preactivation, Region, all_finite, cut_by_ball
 
 
 class Ask(Protocol):
@@ -227,8 +227,7 @@ def _box_behind(layer: Affine, region: Region, row_norms: RowNorms) -> Preactiva
         half = layer.absolute((region.upper - region.lower) / 2)
         lower, upper = mid - half, mid + half
         if region.radius is not None:
-            ball = region.radius * row_norms(layer, region.live)
-            lower, upper = jnp.maximum(lower, center - ball), jnp.minimum(upper, center + ball)
+            lower, upper = cut_by_ball(lower, upper, center, region.radius * row_norms(layer, region.live))
     finite = region.finite & all_finite(lower, upper, center)
     return Preactivation(lower, upper, center, jnp.ones(center.shape, bool), None, finite)
 
@@ -297,19 +296,17 @@ def _sum(first: Region, second: Region) -> Region:
     radius = None if first.radius is None or second.radius is None else first.radius + second.radius
     lower, upper = None, None
     if first.lower is not None and second.lower is not None:
-        boxes = [_cut(first), _cut(second)]
+        boxes = [_box_within_ball(first), _box_within_ball(second)]
         lower, upper = (a + b for a, b in zip(*boxes, strict=True))
     center = first.center + second.center
     finite = first.finite & second.finite & all_finite(lower, upper, center, radius)
     return Region(lower, upper, center, radius, first.live | second.live, finite)
 
 
-def _cut(region: Region) -> tuple[Array, Array]:
-    lower, upper = region.box
+def _box_within_ball(region: Region) -> tuple[Array, Array]:
     if region.radius is None:
-        return lower, upper
-    around = jnp.where(region.live, region.radius, 0)
-    return jnp.maximum(lower, region.center - around), jnp.minimum(upper, region.center + around)
+        return region.box
+    return cut_by_ball(*region.box, region.center, jnp.where(region.live, region.radius, 0))
 
 
 @functools.partial(jax.jit, static_argnames=("shapes", "arithmetic"))

@@ -98,7 +98,7 @@ def adjoint_errors(layer: Affine, entering: Region, unit: float = UNIT64) -> Arr
 
 
 def error_norm(layer: Affine, entering: Region, rows: Array) -> Array:
-    """The same for all outputs that matter together, as an l2 norm: what the layer adds to the radius behind it.
+    """:func:`output_errors` of all outputs that matter, as an l2 norm: what the layer adds to the radius after it.
 
     Args:
         layer: the affine layer; activations after it are exact.

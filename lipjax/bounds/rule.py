@@ -31,7 +31,7 @@ class Rule:
     Attributes:
         offset: at a phase of 0.
         sharpness: how fast the slope goes from 0 to 1 with the phase.
-        log_weights: logarithms of mu r / ||c|| (activations,), as of :class:`lipjax.bounds.ascent.Climb`.
+        log_weights: logarithms of mu r / ||c|| (activations,), as of :class:`lipjax.bounds.ascent.AscentState`.
     """
 
     offset: tuple[Array, ...]

@@ -15,7 +15,7 @@ import numpy as np
 from jax import Array
 
 from lipjax.bounds import ascent, dual
-from lipjax.bounds.ascent import Climb
+from lipjax.bounds.ascent import AscentState
 from lipjax.bounds.propagation import Bounds
 from lipjax.bounds.rule import Rule
 from lipjax.networks.graph import Network
@@ -23,7 +23,7 @@ from lipjax.norms import cohorts
 
 ROUNDS = 3  # looks at who is proven, per ascent
 PAIRS = 64  # that are ascended together, at most
-UP = 1 + 1e-9  # what the sums of error terms may round down
+SUMMED_UP = 1 + 1e-9  # what the sums of error terms may round down
 
 # Where an ascent of a pair of example and rival ended, to begin the next one of the same pair: slopes and log weights.
 Starts = dict[tuple[int, int], tuple[tuple[np.ndarray, ...], np.ndarray]]
@@ -131,7 +131,7 @@ class _Cohort:
             self._keep(examples, rivals, state)
         return margins, taken
 
-    def _begin(self, at: tuple[Array, Array], count: int) -> Climb:
+    def _begin(self, at: tuple[Array, Array], count: int) -> AscentState:
         """The start of each pair: from where it was left the last time, else the better of the default and the rule."""
         slopes, log_weights = [], []
         for start in range(0, len(at[0]), self.size):
@@ -145,9 +145,10 @@ class _Cohort:
         return jax.vmap(ascent.begin)(*joined)
 
     def _left(self, at: tuple[Array, Array], count: int, joined: tuple) -> tuple:
+        assert self.starts is not None
         slopes, log_weights = jax.tree.map(np.array, joined)
         for k, (example, rival) in enumerate(zip(*(np.asarray(places)[:count] for places in at), strict=True)):
-            before = (self.starts or {}).get((int(self._places()[example]), int(rival)))
+            before = self.starts.get((int(self._places()[example]), int(rival)))
             if before is not None:
                 for array, value in zip(slopes, before[0], strict=True):
                     array[k] = value
@@ -155,12 +156,12 @@ class _Cohort:
         # A copy: what is donated to the next step must not be memory of NumPy.
         return jax.tree.map(functools.partial(jnp.array, copy=True), (slopes, log_weights))
 
-    def _keep(self, examples: np.ndarray, rivals: np.ndarray, state: Climb) -> None:
+    def _keep(self, examples: np.ndarray, rivals: np.ndarray, state: AscentState) -> None:
+        assert self.starts is not None
         slopes, log_weights = jax.tree.map(np.asarray, (state.slopes, state.log_weights))
-        starts = {} if self.starts is None else self.starts
         for k, (example, rival) in enumerate(zip(examples, rivals, strict=True)):
             kept = tuple(array[k] for array in slopes), log_weights[k]
-            starts[int(self._places()[example]), int(rival)] = kept
+            self.starts[int(self._places()[example]), int(rival)] = kept
 
     def _places(self) -> np.ndarray:
         return np.arange(len(self.label)) if self.index is None else self.index
@@ -173,8 +174,8 @@ def _narrow(leaf: Array) -> Array:
 @jax.jit
 def _start(
     network: Network, bounds: Bounds, label: Array, examples: Array, rivals: Array, part: Array, rule: Rule | None
-) -> Climb:
-    def one(example: Array, rival: Array) -> Climb:
+) -> AscentState:
+    def one(example: Array, rival: Array) -> AscentState:
         own, chosen = jax.tree.map(lambda leaf: leaf[example], (bounds, label))
         states = [ascent.begin(ascent.start_slopes(network, own))]
         if rule is None:
@@ -193,16 +194,16 @@ def _advance(
     label: Array,
     examples: Array,
     rivals: Array,
-    state: Climb,
+    state: AscentState,
     part: Array,
     num_steps: int,
     of: int,
-) -> tuple[Climb, dual.Multipliers]:
+) -> tuple[AscentState, dual.Multipliers]:
     """Some steps more for some pairs, and the multipliers that they have reached."""
 
-    def one(example: Array, rival: Array, state: Climb) -> tuple[Climb, dual.Multipliers]:
+    def one(example: Array, rival: Array, state: AscentState) -> tuple[AscentState, dual.Multipliers]:
         own, chosen = jax.tree.map(lambda leaf: leaf[example], (bounds, label))
-        state = ascent.climb(network, own, chosen, rival, state, num_steps, of)
+        state = ascent.take_steps(network, own, chosen, rival, state, num_steps, of)
         return state, ascent.finish(network, own, chosen, rival, state)[1]
 
     some = jax.tree.map(lambda leaf: leaf[part], state)
@@ -241,5 +242,5 @@ def proven_margin(network: Network, bounds: Bounds, label: Array, rival: Array, 
     value = dual.value(network, bounds, trace)
     logits = bounds.slack.logits[label] + bounds.slack.logits[rival]
     errors = dual.errors(network, bounds, trace, logits)
-    margin = value - UP * sum(errors)
+    margin = value - SUMMED_UP * sum(errors)
     return jnp.where(jnp.isfinite(margin) & bounds.features.finite, margin, jnp.nan)

@@ -111,7 +111,7 @@ def certified_radii(
         refined = certifier.by_dual(*batch, **arguments, asked=wanted, starts=starts, index=asked)
         return refined.certificate.certified
 
-    def with_local_norms(eps: np.ndarray, places: np.ndarray, round_: int) -> np.ndarray:
+    def with_norms_of_a_round(eps: np.ndarray, places: np.ndarray, round_: int) -> np.ndarray:
         asked = np.resize(places, _padded(len(places), count))
         if "local" not in stages:
             found = certifier.with_global_norms(x[asked], label[asked], eps[asked])
@@ -131,7 +131,7 @@ def certified_radii(
         return ok[:real]
 
     rounds = range(first_round, certifier.rounds) if {"local", "dual"} & set(stages) else range(0)
-    return largest_passing(with_local_norms, low, high, guess, **limits, rounds=rounds)
+    return largest_passing(with_norms_of_a_round, low, high, guess, **limits, rounds=rounds)
 
 
 @dataclasses.dataclass(frozen=True)

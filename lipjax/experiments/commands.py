@@ -57,10 +57,11 @@ def train_command(parser: Parser, arguments: list[str]) -> None:
     config = settings.parse([f"--config={options.config}", *overrides])
     name = pathlib.Path(options.config.split(":")[0]).stem
     workdir = options.workdir or runs.default_workdir(config, name)
+    finished = options.resume and runs.is_finished(config, workdir)
     runs.train(config, workdir, resume=options.resume)
     figures.plot_learning_curves(workdir)
     if config.certify.limit:
-        certifying.certify_run(workdir, limit=config.certify.limit)
+        certifying.certify_run(workdir, limit=config.certify.limit, resume=finished)
     print(f"\nrun: {workdir}")
 
 

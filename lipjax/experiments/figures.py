@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from lipjax.experiments.data import Dataset
 from lipjax.experiments.evaluation import Evaluation
-from lipjax.experiments.reports import DOMAINS, Row, by_stage, read_rows
+from lipjax.experiments.reports import DOMAIN_WORDS, Row, by_stage, read_rows
 from lipjax.files import replace_text
 
 # Means of the paper: power iterations to convergence of 6C2F, [H21] appendix.
@@ -85,8 +85,8 @@ def write_report(folder: pathlib.Path, found: Evaluation, dataset: Dataset, summ
     lines = [
         f"# {summary['dataset']} {summary['split']}, eps {summary['eps']:.6g}",
         "",
-        f"{counts['examples']} images, {DOMAINS[summary['domain']]}, level `{summary['level']}`{delta}, relative gap "
-        f"of the norms at most {summary['rtol']:g}.",
+        f"{counts['examples']} images, {DOMAIN_WORDS[summary['domain']]}, level `{summary['level']}`{delta}, relative "
+        f"gap of the norms at most {summary['rtol']:g}.",
         "",
         "| accuracy | fraction | images |",
         "|---|---|---|",

@@ -18,8 +18,6 @@ FORWARD = {
     "box_and_ball": margins.box_and_ball,
     "lipschitz_margin": margins.lipschitz_margin,
 }
-WORST_CASE = {"gloro": losses.gloro_of, "cross_entropy": losses.worst_cross_entropy}
-UNBOUNDED = {"clean": unbounded.Standard, "adversarial": unbounded.Adversarial, "trades": unbounded.Trades}
 
 
 def model_of(config: Config, input_shape: tuple[int, ...], num_classes: int) -> nnx.Module:
@@ -52,7 +50,7 @@ def method_of(config: Config, num_steps: int) -> Method:
     Without bounds there is nothing to ramp up: the radius of attacks is the full one from the start.
     """
     schedule = config.schedule
-    bounded = config.method.loss not in UNBOUNDED
+    bounded = config.method.loss not in unbounded.UNBOUNDED
     learning_rate = schedules.constant_then_exponential(
         num_steps, schedule.constant, schedule.learning_rate, schedule.learning_rate_end
     )
@@ -80,8 +78,8 @@ def objective_of(config: Config) -> objectives.Objective:
     )
     if references.is_reference(method.name):
         return references.find(method.name, "--config.method.name")(iterations)
-    if method.loss in UNBOUNDED:
-        return UNBOUNDED[method.loss](iterations)
+    if method.loss in unbounded.UNBOUNDED:
+        return unbounded.UNBOUNDED[method.loss](iterations)
     return methods.Bounded(
         iterations,
         local=method.norms == "local",
@@ -89,7 +87,7 @@ def objective_of(config: Config) -> objectives.Objective:
         ball=method.norms != "none",
         margins=margins_of(config),
         head_norm=method.margins == "lipschitz_margin",
-        loss=WORST_CASE.get(method.loss) or references.find(method.loss, "--config.method.loss"),
+        loss=losses.WORST_CASE.get(method.loss) or references.find(method.loss, "--config.method.loss"),
         sparsity=config.sparsity.weight,
         sparsity_theta=config.sparsity.weight_theta,
     )

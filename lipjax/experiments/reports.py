@@ -11,7 +11,7 @@ from lipjax.files import replace_text
 
 Row = dict[str, Any]
 # What a domain is, said wherever it is printed.
-DOMAINS = {"ball": "on the whole l2 ball", "pixels": "on the l2 ball within the pixel range [0, 1]"}
+DOMAIN_WORDS = {"ball": "on the whole l2 ball", "pixels": "on the l2 ball within the pixel range [0, 1]"}
 
 
 def read_rows(workdir: pathlib.Path, before: int) -> list[Row]:
@@ -64,7 +64,7 @@ def short(row: Row) -> str:
 
 def print_table(summary: Row) -> None:
     """The accuracies of an evaluation, with what they rest on."""
-    domain = DOMAINS[summary["domain"]]
+    domain = DOMAIN_WORDS[summary["domain"]]
     counts = summary["counts"]
     claim = f"level {summary['level']}: {summary['claim']}"
     rows = [

@@ -28,6 +28,7 @@ from lipjax.training import methods, objectives, sharding, training_step
 from lipjax.training.checkpoints import Checkpoints, flat, unflat
 from lipjax.training.objectives import Metrics
 from lipjax.training.training_step import Batch, Images, TrainState
+from lipjax.training.unbounded import UNBOUNDED
 
 SCORES = ("certified_accuracy", "pgd_accuracy", "clean_accuracy")  # the first that a method has chooses its best epoch
 IN_FLIGHT = 4  # steps that are dispatched before the metrics of the first are read; forced CPU devices allow at most 8
@@ -182,7 +183,7 @@ class Run:
         """
         if not len(self.validation):
             return False
-        bounded = self.config.method.loss not in recipe.UNBOUNDED
+        bounded = self.config.method.loss not in UNBOUNDED
         full = math.ceil(self.config.schedule.ramp * self.config.schedule.epochs) if bounded else 0
         ramped = [row for row in rows if row["epoch"] >= full]
         score = next(f"validation_{name}" for name in SCORES if f"validation_{name}" in rows[-1])
@@ -278,17 +279,17 @@ class Run:
         network = flax.from_flax(nnx.merge(self.graphdef, state.params), x.shape[1:])
         key, objective = jax.random.key(self.config.seed), self.method.objective
         eps = self.method.eps(state.step)
-        exact = estimates.Estimate(key, max_iters=self.config.probe.max_iters)
-        norms, global_vectors = objectives.whole_norms(
+        converging = estimates.Estimate(key, max_iters=self.config.probe.max_iters)
+        norms, global_vectors = objectives.warm_whole_norms(
             objective.layers(network), state.global_vectors, objective.iterations, key
         )
         norms = norms[: len(network.layers)]
-        converged_norms, _ = estimates.whole_norms(network.layers, exact)
+        converged_norms, _ = estimates.whole_norms(network.layers, converging)
         if not (isinstance(objective, methods.Bounded) and objective.local):
             return norms[None], converged_norms[None], converged_norms
         keys = jax.random.split(key, len(x))
         ask = objective.ask(network, vectors, global_vectors, norms, key, keys)
-        estimated, converged = (objective.propagate(network, x, eps, each).sigmas for each in (ask, exact))
+        estimated, converged = (objective.propagate(network, x, eps, each).sigmas for each in (ask, converging))
         return estimated, converged, converged_norms
 
     def _images(self, dataset: data.Dataset) -> Images:

@@ -12,12 +12,13 @@ from ml_collections import ConfigDict, config_flags
 
 from lipjax.errors import InputError
 from lipjax.experiments import architectures, data, defaults, references
+from lipjax.files import replace_text
+from lipjax.training import losses, unbounded
 
 Config = Any  # an ml_collections.ConfigDict, whose entries are known at run time only
 NORMS = ("local", "global", "none")
 MARGINS = ("pairwise_lipschitz", "box_and_ball", "lipschitz_margin", "dual", "none")
-WORST_CASE_LOSSES = ("gloro", "cross_entropy")
-LOSSES = (*WORST_CASE_LOSSES, "clean", "adversarial", "trades")
+LOSSES = (*losses.WORST_CASE, *unbounded.UNBOUNDED)
 STARTS = ("saved", "random")
 # What configs of earlier versions do not say, as it was then.
 SINCE = {
@@ -88,9 +89,7 @@ def load(workdir: pathlib.Path) -> Config:
 
 def save(config: Config, workdir: pathlib.Path) -> None:
     """Write the config into the run's folder."""
-    partial = workdir / "config.json.partial"
-    partial.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
-    partial.replace(workdir / "config.json")
+    replace_text(workdir / "config.json", json.dumps(config.to_dict(), indent=2) + "\n")
 
 
 def check(config: Config) -> None:
@@ -167,7 +166,7 @@ def _check_method(method: Config) -> None:
     _one_of("method.norms", method.norms, NORMS)
     _one_of("method.margins", method.margins, MARGINS)
     _known_or_found("method.loss", method.loss, LOSSES)
-    bounded = method.loss in WORST_CASE_LOSSES or references.is_reference(method.loss)
+    bounded = method.loss in losses.WORST_CASE or references.is_reference(method.loss)
     wrong = ""
     if bounded and method.margins == "none":
         wrong = "needs margins: box_and_ball, say"

@@ -1,1 +1,1 @@
-"""What is bounded: affine layers, activations, and the steps of a network."""
+"""What is bounded: affine layers, activations, and the graph of a network."""

@@ -104,6 +104,11 @@ class Preactivation(Known):
         return _arranged(self, ("lower", "upper", "center", "rows"), shape)
 
 
+def cut_by_ball(lower: Array, upper: Array, center: Array, reach: Array) -> tuple[Array, Array]:
+    """A box cut by a ball that no coordinate leaves by more than its reach: the tighter of both in each coordinate."""
+    return jnp.maximum(lower, center - reach), jnp.minimum(upper, center + reach)
+
+
 def l2_ball(x: Array, eps: Array | float, domain: str = "ball") -> Region:
     """The l2 balls of radius ``eps`` around a batch of inputs, each with the smallest box that contains it.
 

@@ -17,7 +17,7 @@ from jax import Array
 
 from lipjax.networks.layers import Affine
 from lipjax.networks.linear_maps import LinearMap
-from lipjax.norms import spectral
+from lipjax.norms import power_iteration
 from lipjax.norms.starts import random_start
 
 CHECK_ITERS, CHECK_TOLERANCE = 20, 1e-3  # of norms that layers say of themselves, in float32
@@ -218,7 +218,7 @@ def check_known_norms(layers: Sequence[Affine]) -> None:
             continue
         linear_map = layer.linear_map().from_smaller_side()
         start = jax.random.normal(jax.random.key(place), linear_map.in_shape, linear_map.dtype)
-        least, _ = spectral.power_iteration(linear_map, start, CHECK_ITERS)
+        least, _ = power_iteration.power_iteration(linear_map, start, CHECK_ITERS)
         if least > said.sigma[0] * (1 + CHECK_TOLERANCE):
             raise ValueError(
                 f"layer {place}, {type(layer).__name__}, says that its norm is at most {said.sigma[0]:g}, but it is at "

@@ -16,7 +16,7 @@ from jax import Array
 
 from lipjax.networks.layers import Affine
 from lipjax.networks.linear_maps import LinearMap
-from lipjax.norms import spectral
+from lipjax.norms import power_iteration
 from lipjax.norms.starts import random_start
 
 
@@ -37,13 +37,13 @@ class Estimate:
 
     key: Array
     ceilings: Array | None = None
-    tol: float = dataclasses.field(default=spectral.TOL, metadata={"static": True})
-    max_iters: int = dataclasses.field(default=spectral.MAX_ITERS, metadata={"static": True})
+    tol: float = dataclasses.field(default=power_iteration.TOL, metadata={"static": True})
+    max_iters: int = dataclasses.field(default=power_iteration.MAX_ITERS, metadata={"static": True})
 
     def __call__(self, place: int, layer: Affine, rows: Array, columns: Array) -> tuple[Array, Array]:
         def one(masked: LinearMap, key: Array) -> tuple[Array, Array]:
             start = random_start(key, place, masked)
-            return spectral.converged_norm(masked, start, tol=self.tol, max_iters=self.max_iters)
+            return power_iteration.converged_norm(masked, start, tol=self.tol, max_iters=self.max_iters)
 
         sigma, iterations = _each(layer, rows, columns, one, lambda _: jnp.int32(0), _keys(self.key, rows))
         if self.ceilings is not None:
@@ -82,7 +82,7 @@ class WarmStarted:
         noise = self.noise * random_start(self.key, place, layer.linear_map().from_smaller_side())
 
         def one(masked: LinearMap, vector: Array) -> tuple[Array, Array]:
-            return spectral.power_iteration(masked, vector.astype(masked.dtype) + noise, self.num_iters, other)
+            return power_iteration.power_iteration(masked, vector.astype(masked.dtype) + noise, self.num_iters, other)
 
         return _each(layer, rows, columns, one, lambda vector: vector, self.own_vectors[place])
 
@@ -102,7 +102,7 @@ class RandomStarted:
 
     def __call__(self, place: int, layer: Affine, rows: Array, columns: Array) -> tuple[Array, Array]:
         def one(masked: LinearMap, key: Array) -> tuple[Array, Array]:
-            return spectral.power_iteration(masked, random_start(key, place, masked), self.num_iters)
+            return power_iteration.power_iteration(masked, random_start(key, place, masked), self.num_iters)
 
         def none(key: Array) -> Array:
             return random_start(key, place, layer.linear_map().from_smaller_side())

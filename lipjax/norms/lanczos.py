@@ -186,7 +186,8 @@ def enclosures(matrix: Tridiagonal, steps: Array | int, t_delta: Array | float) 
         any number of steps.
 
     Reference:
-        [DHV00], [Hoc13].
+        van Dorsselaer, Hochstenbach, van der Vorst, SIAM J. Matrix Anal. Appl. 22(3), 2000; Hochstenbach, J. Sci.
+        Comput. 57, 2013.
     """
     diagonal, off, exact = matrix.diagonal.T, matrix.off.T, matrix.exact
     count = jnp.minimum(matrix.size, steps)

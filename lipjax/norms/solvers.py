@@ -13,11 +13,11 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 
 from lipjax.floating_point import UNIT64, gamma, highest
 from lipjax.networks.layers import Affine, Bilinear
-from lipjax.norms import deterministic, lanczos, spectral
+from lipjax.norms import deterministic, lanczos, power_iteration
 from lipjax.norms.cohorts import Claim, Enclosure, MaskedLayer, Solver
 
 CHUNK_ITERS = 32  # power iterations between two looks at who has converged
@@ -35,8 +35,8 @@ class PowerIteration:
         batch_size: examples that are iterated together.
     """
 
-    tol: float = spectral.TOL
-    max_iters: int = spectral.MAX_ITERS
+    tol: float = power_iteration.TOL
+    max_iters: int = power_iteration.MAX_ITERS
     batch_size: int = 128
     claim = Claim("estimate", is_bound=False, draws_starts=True)
 
@@ -241,7 +241,7 @@ def _power_advance(masked: MaskedLayer, part: Array, state: tuple[Array, ...], t
     map_of, rows, columns = masked.maps(1.0, part)
 
     def one(rows: Array, columns: Array, u: Array) -> tuple[Array, ...]:
-        return spectral.iterate_until(map_of(rows, columns), u, tol=tol, max_iters=CHUNK_ITERS)
+        return power_iteration.iterate_until(map_of(rows, columns), u, tol=tol, max_iters=CHUNK_ITERS)
 
     vectors, sigmas, changes, counts = state
     u, sigma, change, count = jax.vmap(one)(rows, columns, vectors[part])
@@ -295,8 +295,14 @@ def _gram_norms(masked: MaskedLayer, scale: float, part: Array) -> Array:
     """Bounds of the norms of some examples, from Gram matrices."""
     map_of, rows, columns = masked.maps(scale, part)
     terms = max(masked.layer.terms, masked.layer.adjoint_terms)
-    # One Gram matrix at a time: they are large.
-    norms = jax.lax.map(lambda masks: deterministic.gram_norm(map_of(*masks), terms), (rows, columns))
+
+    def one(example: tuple[Array, Array, Array]) -> Array:
+        place, *masks = example
+        asked = place < len(masked)  # what fills up a part costs nothing
+        norm = functools.partial(deterministic.gram_norm, terms=terms)
+        return lax.cond(asked, lambda: norm(map_of(*masks)), lambda: jnp.zeros((), masked.layer.dtype))
+
+    norms = lax.map(one, (part, rows, columns))  # one Gram matrix at a time: they are large
     return norms * scale + _product_rounding(dataclasses.replace(masked, rows=rows, columns=columns))
 
 

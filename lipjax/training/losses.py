@@ -133,3 +133,7 @@ def sparsity(activation: Activation, before: Preactivation, weight_theta: Array 
         Scalar; sum it over activations.
     """
     return activation.sparsity(*before.box, weight_theta)
+
+
+# Losses of a pass, by the name in a config: a new one is a function of its outcome and a line here.
+WORST_CASE = {"gloro": gloro_of, "cross_entropy": worst_cross_entropy}

@@ -23,7 +23,7 @@ from lipjax.networks.layers import Affine
 from lipjax.networks.regions import l2_ball
 from lipjax.norms import estimates
 from lipjax.training import losses
-from lipjax.training.objectives import Iterations, Objective, Vectors, whole_norms
+from lipjax.training.objectives import Iterations, Objective, Vectors, warm_whole_norms
 
 
 class Margins(Protocol):
@@ -105,7 +105,7 @@ class Bounded:
         return initial_rule(network) if isinstance(self.margins, DualMargins) else None
 
     def __call__(self, network, x, label, eps, kappa, own_vectors, global_vectors, key, rule=None):
-        global_norms, global_vectors = whole_norms(self.layers(network), global_vectors, self.iterations, key)
+        global_norms, global_vectors = warm_whole_norms(self.layers(network), global_vectors, self.iterations, key)
         constant = jnp.asarray(network.lipschitz(global_norms[: len(network.layers)]), global_norms.dtype)
         own_key = jax.random.fold_in(key, len(global_norms))
         ask = self.ask(network, own_vectors, global_vectors, global_norms, key, jax.random.split(own_key, len(x)))

@@ -81,7 +81,9 @@ class Iterations:
     global_layers: tuple[int, ...] = ()
 
 
-def whole_norms(layers: tuple[Affine, ...], vectors: Vectors, options: Iterations, key: Array) -> tuple[Array, Vectors]:
+def warm_whole_norms(
+    layers: tuple[Affine, ...], vectors: Vectors, options: Iterations, key: Array
+) -> tuple[Array, Vectors]:
     """The norms of whole layers, warm-started, and their vectors after the iterations."""
     own = {place: vector[None] for place, vector in enumerate(vectors)}
     ask = estimates.WarmStarted(own, None, key, options.global_iters, options.noise)

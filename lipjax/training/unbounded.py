@@ -13,7 +13,7 @@ from lipjax.certification.attacks import pgd
 from lipjax.networks.graph import Network
 from lipjax.networks.layers import Affine
 from lipjax.training import losses
-from lipjax.training.objectives import Iterations, Metrics, whole_norms
+from lipjax.training.objectives import Iterations, Metrics, warm_whole_norms
 
 ATTACK_STEPS = 10  # of adversarial training and TRADES, of eps / 4 each
 TRADES_BETA = 6.0
@@ -39,7 +39,7 @@ class Unbounded:
         return None
 
     def __call__(self, network, x, label, eps, kappa, own_vectors, global_vectors, key, rule=None):
-        norms, global_vectors = whole_norms(self.layers(network), global_vectors, self.iterations, key)
+        norms, global_vectors = warm_whole_norms(self.layers(network), global_vectors, self.iterations, key)
         loss, metrics = self.losses(network, x, label, eps, jax.random.fold_in(key, len(norms)))
         constant = jnp.asarray(network.lipschitz(norms), norms.dtype)
         return loss, metrics | {"global_lipschitz": jnp.broadcast_to(constant, loss.shape)}, (), global_vectors
@@ -98,3 +98,7 @@ class Trades(Unbounded):
 def _accuracies(clean: Array, attacked: Array, label: Array) -> Metrics:
     correct = {"clean_accuracy": clean, "pgd_accuracy": attacked}
     return {name: jnp.argmax(logits, axis=1) == label for name, logits in correct.items()}
+
+
+# By the name of the loss in a config.
+UNBOUNDED = {"clean": Standard, "adversarial": Adversarial, "trades": Trades}

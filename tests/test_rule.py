@@ -92,8 +92,8 @@ def test_gradients_flow_through_center_and_radius_and_not_through_the_boxes():
     def by_rule(network):
         return rule.margins(network, bounds_of(network), label[0], rivals)[0]
 
-    value, gradient = jax.value_and_grad(by_rule, allow_int=True)(network)
-    expected_value, expected = jax.value_and_grad(with_fixed_boxes, allow_int=True)(network)
+    value, gradient = oracles.jit(jax.value_and_grad(by_rule))(network)
+    expected_value, expected = oracles.jit(jax.value_and_grad(with_fixed_boxes))(network)
     np.testing.assert_allclose(value, expected_value, rtol=1e-6)
     for ours, theirs in zip(jax.tree.leaves(gradient), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)

@@ -77,7 +77,7 @@ def case(kind, seed, eps, count=2, domain="ball"):
     x = jnp.asarray(oracles.random_inputs(network, seed, count), jnp.float64)
     sigmas = jnp.asarray(norms_of(network))
     network = wide(network)
-    return network, x, jnp.argmax(network(x), axis=1), _bounds(network, x, eps, sigmas, domain)
+    return network, x, jnp.argmax(logits_of(network, x), axis=1), _bounds(network, x, eps, sigmas, domain)
 
 
 RIVALS = jnp.arange(3)[None].repeat(2, axis=0)  # all three classes of the random networks, for both inputs
@@ -91,6 +91,7 @@ def random_multipliers(network, bounds, seed):
     return Multipliers(g, weight)
 
 
+logits_of = jax.jit(lambda network, x: network(x))
 margins_at = jax.jit(dual.dual_margins)
 forward_margins = jax.jit(jax.vmap(dual.forward_margins, (None, 0, 0)))
 ascended = jax.jit(lipjax.ascend, static_argnames="num_steps")  # of one number of steps wherever it can be
@@ -144,7 +145,7 @@ def test_no_multipliers_give_more_than_an_attack_finds(kind, seed, eps):
                 assert np.all(np.asarray(found[i]) <= np.asarray(least) + 1e-9)
 
 
-@pytest.mark.parametrize("kind", ["dense clipped", "conv pairs"])
+@pytest.mark.parametrize("kind", ["dense pairs", "conv clipped"])
 @settings(max_examples=10)
 @given(seed=SEEDS, eps=st.floats(1e-2, 1.5))
 def test_on_pixels_it_is_never_above_an_attack_there_and_not_below_the_ball(kind, seed, eps):
@@ -218,16 +219,23 @@ def test_without_weights_and_with_its_slopes_it_is_crown(seed, eps):
             *(exact.layers, np.asarray(x[0]), eps, c, exact.head[1][y] - exact.head[1][rival]), boxes, None, alphas
         )
 
-        def choose(place, activation, c, before):
-            lower, upper = before.box
-            unstable = (lower < 0) & (upper > 0)
-            chord = jnp.where(unstable, upper / jnp.where(unstable, upper - lower, 1), upper > 0)
-            lower_line = jnp.where(unstable, alphas[place], upper > 0)
-            return c * jnp.where(c >= 0, lower_line, chord), jnp.zeros(())
-
-        own = jax.tree.map(lambda leaf: leaf[0], bounds)
-        found = dual.value(network, own, dual.pull(network, own, label[0], jnp.asarray(rival), choose))
+        found = with_lines(network, bounds, label[0], rival, alphas)
         assert float(found) == pytest.approx(expected, abs=1e-9)
+
+
+@jax.jit
+def with_lines(network, bounds, label, rival, alphas):
+    """The dual value of the first example with CROWN's lines as multipliers, and without weights."""
+
+    def choose(place, activation, c, before):
+        lower, upper = before.box
+        unstable = (lower < 0) & (upper > 0)
+        chord = jnp.where(unstable, upper / jnp.where(unstable, upper - lower, 1), upper > 0)
+        lower_line = jnp.where(unstable, alphas[place], upper > 0)
+        return c * jnp.where(c >= 0, lower_line, chord), jnp.zeros(())
+
+    own = jax.tree.map(lambda leaf: leaf[0], bounds)
+    return dual.value(network, own, dual.pull(network, own, label, rival, choose))
 
 
 @settings(max_examples=50)
@@ -299,14 +307,23 @@ def test_at_radius_zero_it_is_the_margin_itself(kind):
     with jax.enable_x64(True):
         network, x, label, bounds = case(kind, 1, 0.0)
         start = random_multipliers(network, bounds, 1)
-        logits = network(x)
+        logits = logits_of(network, x)
         clean = jnp.take_along_axis(logits, label[:, None], axis=1) - logits
         np.testing.assert_allclose(margins_at(network, bounds, label, start, RIVALS), clean, atol=1e-9)
-        gradient = jax.grad(lambda start: jnp.sum(dual.dual_margins(network, bounds, label, start, RIVALS)))(start)
+
+
+@pytest.mark.parametrize("kind", ["dense clipped", "dense pairs", "graph"])
+def test_at_radius_zero_gradients_are_finite(kind):
+    with jax.enable_x64(True):
+        network, _, label, bounds = case(kind, 1, 0.0)
+        start = random_multipliers(network, bounds, 1)
+        gradient = jax.jit(jax.grad(lambda start, *given: jnp.sum(dual.dual_margins(*given, start, RIVALS))))(
+            start, network, bounds, label
+        )
         assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
 
 
-@pytest.mark.parametrize("kind", ["dense pairs", "conv clipped", "residual", "graph"])
+@pytest.mark.parametrize("kind", ["dense pairs", "graph"])
 def test_gradients_in_the_network_and_the_multipliers_are_those_of_differences(kind):
     with jax.enable_x64(True):
         network, x, label, bounds = case(kind, 4, 0.2)
@@ -376,33 +393,32 @@ def test_a_pair_does_not_depend_on_its_batch(dtype, atol):
         network, bounds = jax.tree.map(
             lambda leaf: leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf, (network, bounds)
         )
-        rivals = jnp.stack([(label + 1) % 3, (label + 2) % 3], axis=1)
-        together, _ = ascended(network, bounds, label, rivals=rivals)
+        together, _ = ascended(network, bounds, label, rivals=RIVALS[:1].repeat(6, axis=0), num_steps=20)
         assert together.dtype == dtype
-        for i in (0, 5):
-            one = jax.tree.map(lambda leaf, i=i: leaf[i : i + 1], (bounds, label, rivals))
-            alone, _ = ascended(network, one[0], one[1], rivals=one[2])
-            np.testing.assert_allclose(alone[0], together[i], atol=atol)
+        for some in (slice(0, 2), slice(4, 6)):
+            part = jax.tree.map(lambda leaf, some=some: leaf[some], (bounds, label))
+            apart, _ = ascended(network, *part, rivals=RIVALS, num_steps=20)
+            np.testing.assert_allclose(apart, together[some], atol=atol)
 
 
 def test_batches_of_pairs_are_cut_and_give_the_same(monkeypatch):
     with jax.enable_x64(True):
         network, _, label, bounds = case("dense relu", 3, 0.3)
-        rivals = jnp.stack([(label + 1) % 3, (label + 2) % 3], axis=1)
-        whole = lipjax.ascend(network, bounds, label, rivals=rivals, num_steps=20)
+        whole = ascended(network, bounds, label, rivals=RIVALS, num_steps=20)
         monkeypatch.setattr(ascent, "MEMORY", ascent.MEMORY // ascent.pairs_at_once(network))
-        assert ascent.pairs_at_once(network) < rivals.size
-        cut = lipjax.ascend(network, bounds, label, rivals=rivals, num_steps=20)
+        assert ascent.pairs_at_once(network) < RIVALS.size
+        again = jax.jit(lambda *given: lipjax.ascend(*given, rivals=RIVALS, num_steps=20))  # traced anew
+        cut = again(network, bounds, label)
         jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-9), whole, cut)
 
 
-@pytest.mark.parametrize("kind", ["dense relu", "dense pairs", "residual", "graph"])
+@pytest.mark.parametrize("kind", ["dense pairs", "graph"])
 def test_an_ascent_goes_on_from_its_multipliers(kind):
     with jax.enable_x64(True):
         network, _, label, bounds = case(kind, 8, 0.4)
-        margins, found = ascended(network, bounds, label, rivals=RIVALS, num_steps=30)
+        margins, found = ascended(network, bounds, label, rivals=RIVALS, num_steps=20)
         again, _ = ascended(network, bounds, label, found, rivals=RIVALS, num_steps=0)
         np.testing.assert_allclose(again, margins, atol=1e-6)
-        more, _ = ascended(network, bounds, label, found, rivals=RIVALS, num_steps=30)
+        more, _ = ascended(network, bounds, label, found, rivals=RIVALS, num_steps=20)
         assert np.all(np.asarray(more) >= np.asarray(margins) - 0.02)
         assert np.sum(more) > np.sum(margins)

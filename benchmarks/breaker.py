@@ -113,7 +113,8 @@ def train(activation: str, seed: int) -> lipjax.Network:
     @jax.jit
     def step(params: Any, state: Any, vectors: tuple, x: Array, label: Array, eps: Array) -> tuple:
         gradient, vectors = jax.grad(objective, has_aux=True)(params, vectors, x, label, eps)
-        updates, state = optimizer.update(gradient, state, params)
+        with jax.numpy_dtype_promotion("standard"):  # Optax raises floats to the power of its counts
+            updates, state = optimizer.update(gradient, state, params)
         return optax.apply_updates(params, updates), state, vectors
 
     layers = lipjax.from_flax(model, SHAPE).layers

@@ -74,7 +74,7 @@ def ascend(
     pairs, at_once = (jnp.repeat(jnp.arange(count), asked), rivals.reshape(-1), flat), pairs_at_once(network)
     found, multipliers = jax.vmap(one)(pairs) if count * asked <= at_once else lax.map(one, pairs, batch_size=at_once)
     forward = jax.vmap(functools.partial(forward_margins, network))(bounds, label)
-    better = jnp.where(rivals == label[:, None], 0, found.reshape(count, asked))
+    better = jnp.where(jnp.asarray(rivals, int) == jnp.asarray(label, int)[:, None], 0, found.reshape(count, asked))
     all_margins = jax.vmap(lambda forward, rivals, better: forward.at[rivals].max(better))(forward, rivals, better)
     return all_margins, jax.tree.map(lambda leaf: leaf.reshape(count, asked, *leaf.shape[1:]), multipliers)
 
@@ -110,7 +110,7 @@ def start_slopes(network: Network, bounds: Bounds) -> tuple[Array, ...]:
     in_order = (last[place] for place in sorted(last))
     for activation, before, is_last in zip(network.activations, bounds.before, in_order, strict=True):
         on = activation.phase(boxed(before)) > 0
-        slopes.append(jnp.where(is_last, 0, on).astype(before.center.dtype))
+        slopes.append(jnp.where(is_last, False, on).astype(before.center.dtype))
     return tuple(slopes)
 
 
@@ -173,7 +173,9 @@ def take_steps(
 
     def step(_: int, state: AscentState) -> AscentState:
         moved = state.slopes, state.log_weights
-        updates, moments = adam.update(jax.grad(loss)(moved), state.adam)
+        gradient = jax.grad(loss)(moved)
+        with jax.numpy_dtype_promotion("standard"):  # Optax raises floats to the power of its counts
+            updates, moments = adam.update(gradient, state.adam)
         return AscentState(*optax.apply_updates(moved, updates), moments)
 
     return lax.fori_loop(0, num_steps, step, state)

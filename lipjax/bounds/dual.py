@@ -136,7 +136,7 @@ def dual_margins(network: Network, bounds: Bounds, label: Array, multipliers: Mu
 
         found = jax.vmap(against)(rivals, multipliers)
         forward = forward_margins(network, bounds, label)
-        return forward.at[rivals].set(jnp.where(rivals == label, 0, found))
+        return forward.at[rivals].set(jnp.where(jnp.asarray(rivals, int) == jnp.asarray(label, int), 0, found))
 
     return jax.vmap(one)(bounds, label, rivals, multipliers)
 

@@ -71,7 +71,7 @@ def lipschitz_margin(head: Affine, region: Region, label: Array, sigma: Array) -
         [LMT] section 4.
     """
     logits = head(region.center).ravel()
-    own = jnp.arange(logits.shape[0]) == label
+    own = jnp.arange(logits.shape[0]) == jnp.asarray(label, int)
     return logits[label] - logits - jnp.where(own, 0, math.sqrt(2) * region.ball * sigma)
 
 
@@ -175,7 +175,7 @@ def worst_margin(margins: Array, label: Array) -> Array:
 def own_class(logits: Array, label: Array) -> Array:
     """Boolean (..., classes): which class is the label, for logits or margins (..., classes) and labels (...)."""
     classes = jnp.arange(logits.shape[-1]).reshape((1,) * (logits.ndim - 1) + (-1,))
-    return classes == jnp.asarray(label)[..., None]
+    return classes == jnp.asarray(label, int)[..., None]
 
 
 def pairs(head: Affine, features: Array, label: Array) -> tuple[Array, Array]:

@@ -161,8 +161,8 @@ def attack_round(
         are, the point is the example and the margin infinite.
     """
     logits, radius = _check(network, x, label, eps, domain)
-    x, label, radius = jnp.asarray(x), jnp.asarray(label), _reached(x, radius)
-    classes, number = jnp.arange(logits.shape[1]), jnp.asarray(round_)
+    x, label, radius = jnp.asarray(x), jnp.asarray(label, jnp.int32), _reached(x, radius)
+    classes, number = jnp.arange(logits.shape[1], dtype=jnp.int32), jnp.asarray(round_)
     rivals = lax.cond(
         number % 2 == 0,
         lambda: _likely_rival(network, x, label, number // 2)[:, None] == classes[None],
@@ -210,7 +210,7 @@ def _likely_rival(network: Classifier, x: Array, label: Array, rank: Array) -> A
 
 def _margins(logits: Array, label: Array) -> Array:
     """The label's logit minus each (B, classes); infinite for the label itself."""
-    own = jnp.arange(logits.shape[1])[None] == label[:, None]
+    own = jnp.arange(logits.shape[1])[None] == jnp.asarray(label, int)[:, None]
     return jnp.where(own, jnp.inf, jnp.sum(jnp.where(own, logits, 0), axis=1, keepdims=True) - logits)
 
 

@@ -52,5 +52,5 @@ def certificate(network: Network, bounds: Bounds, all_margins: Array, label: Arr
     prediction = jnp.argmax(logits)
     finite = bounds.features.finite & all_finite(logits, worst, bounds.lipschitz)
     # A tie has margin 0 and a NaN compares false, so neither is certified.
-    certified = finite & (prediction == label) & (worst > 0)
+    certified = finite & (prediction == jnp.asarray(label, prediction.dtype)) & (worst > 0)
     return Certificate(prediction, worst, bounds.lipschitz, certified, level, bounds.input.domain)

@@ -222,7 +222,7 @@ class Certifier:
         with self._precision():
             bounds = self._bound(x, eps, lambda place, *_: (sigmas[:, place], None), rows)
             found, forward = _decide(self.network, bounds, jnp.asarray(label), self.claim.name)
-            mine = np.asarray((found.prediction == label) & bounds.features.finite)
+            mine = (np.asarray(found.prediction) == np.asarray(label)) & np.asarray(bounds.features.finite)
             mine = mine if asked is None else mine & asked
             forward = np.asarray(forward)
             margins, steps = proven_margins(

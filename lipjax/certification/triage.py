@@ -69,11 +69,11 @@ class Attack:
 def _pgd(network: Network, x: Array, label: Array, eps: float, keys: Array, start: Array | None) -> tuple[Array, Array]:
     """Some steps of PGD: the points, and whether their prediction is wrong."""
     points = pgd(network, x, label, eps, keys, num_steps=PGD_STEPS, step_size=eps / 4, start=start)
-    return points, jnp.argmax(network(points), axis=1) != label
+    return points, jnp.argmax(network(points), axis=1) != jnp.asarray(label, int)
 
 
 @functools.partial(jax.jit, static_argnames="domain")
 def _attack(network: Network, x: Array, label: Array, eps: float, keys: Array, number: int, *, domain: str) -> Array:
     """One round of the stronger attack: whether the prediction of its best point is wrong."""
     points, _ = attack_round(network, x, label, eps, keys, number, domain=domain)
-    return jnp.argmax(network(points), axis=1) != label
+    return jnp.argmax(network(points), axis=1) != jnp.asarray(label, int)

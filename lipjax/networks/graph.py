@@ -255,7 +255,8 @@ class Graph:
                     f"{self.shape(source)}"
                 )
         arranged = tuple(map(tuple, arranged))
-        out = jax.eval_shape(operation, *(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in arranged))
+        with jax.numpy_dtype_promotion("standard"):  # of a float64 operation too: no more than its shape is asked
+            out = jax.eval_shape(operation, *(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in arranged))
         self.nodes.append(Node(operation, tuple(sources), arranged, out.shape))
         return len(self.nodes) - 1
 

@@ -62,7 +62,8 @@ def read(function: Callable[[Array], Array], shape: Shape) -> list[Step] | None:
     found = []
     for batch in BATCHES:
         try:
-            closed = jax.make_jaxpr(function)(jax.ShapeDtypeStruct((batch, *shape), jnp.float32))
+            with jax.numpy_dtype_promotion("standard"):  # Flax's average pooling divides by an integer
+                closed = jax.make_jaxpr(function)(jax.ShapeDtypeStruct((batch, *shape), jnp.float32))
             found.append(_read_jaxpr(closed.jaxpr, closed.consts, batch))
         except Exception:  # whatever a function of the user raises, it is not known
             return None

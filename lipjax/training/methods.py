@@ -58,7 +58,7 @@ class DualMargins:
 
     def __call__(self, network, bounds, label, rule, *rest):
         lipschitz = margins.pairwise_lipschitz(network.head, bounds.features, label)
-        own = jnp.arange(len(lipschitz)) == label
+        own = jnp.arange(len(lipschitz)) == jnp.asarray(label, int)
         others = len(lipschitz) - 1
         count = others if self.num_rivals is None else min(self.num_rivals, others)
         _, rivals = jax.lax.top_k(-jnp.where(own, jnp.inf, lipschitz), count)
@@ -127,7 +127,7 @@ class Bounded:
         logits, worst, sparse, live = per_example
         outcome = losses.Outcome(logits, worst, found.lipschitz, eps, label, network.head)
         clean, worst_case = losses.cross_entropy(logits, label), self.loss(outcome)
-        loss, correct = losses.mixed(clean, worst_case, kappa), jnp.argmax(logits, axis=1) == label
+        loss, correct = losses.mixed(clean, worst_case, kappa), jnp.argmax(logits, axis=1) == jnp.asarray(label, int)
         if self.sparsity:
             loss = loss + self.sparsity * sparse
         metrics = {

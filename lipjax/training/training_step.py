@@ -116,10 +116,12 @@ def train_step(
     gradients, result = jax.grad(objective, argnums=(0, 1), has_aux=True)(state.params, state.rule)
     gradient, of_rule = lax.psum(gradients, AXIS)
     loss, metrics, vectors, global_vectors = result
-    updates, opt_state = method.optimizer.update(gradient, state.opt_state, state.params)
+    with jax.numpy_dtype_promotion("standard"):  # Optax raises floats to the power of its counts
+        updates, opt_state = method.optimizer.update(gradient, state.opt_state, state.params)
     params, rule, rule_opt_state = optax.apply_updates(state.params, updates), state.rule, state.rule_opt_state
     if rule is not None:
-        updates, rule_opt_state = method.optimizer.update(of_rule, rule_opt_state, rule)
+        with jax.numpy_dtype_promotion("standard"):
+            updates, rule_opt_state = method.optimizer.update(of_rule, rule_opt_state, rule)
         rule = optax.apply_updates(rule, updates)
     kept = tuple(_scatter(old, batch, new) for old, new in zip(state.vectors, vectors, strict=True))
     metrics = _average({"loss": loss, **metrics}, share) | {"learning_rate": method.learning_rate(state.step)}
@@ -182,7 +184,7 @@ def _average(metrics: Metrics, share: Array) -> Metrics:
 
     def mean(values: Array) -> Array:
         weights = share.reshape((-1,) + (1,) * (values.ndim - 1))
-        return lax.psum(jnp.sum(jnp.where(weights > 0, weights * values, 0), axis=0), AXIS)
+        return lax.psum(jnp.sum(jnp.where(weights > 0, weights * values.astype(weights.dtype), 0), axis=0), AXIS)
 
     return jax.tree.map(mean, metrics)
 

@@ -54,7 +54,8 @@ class Standard(Unbounded):
 
     def losses(self, network, x, label, eps, key):
         logits = network(x)
-        return losses.cross_entropy(logits, label), {"clean_accuracy": jnp.argmax(logits, axis=1) == label}
+        correct = jnp.argmax(logits, axis=1) == jnp.asarray(label, int)
+        return losses.cross_entropy(logits, label), {"clean_accuracy": correct}
 
 
 class Adversarial(Unbounded):
@@ -97,7 +98,7 @@ class Trades(Unbounded):
 
 def _accuracies(clean: Array, attacked: Array, label: Array) -> Metrics:
     correct = {"clean_accuracy": clean, "pgd_accuracy": attacked}
-    return {name: jnp.argmax(logits, axis=1) == label for name, logits in correct.items()}
+    return {name: jnp.argmax(logits, axis=1) == jnp.asarray(label, int) for name, logits in correct.items()}
 
 
 # By the name of the loss in a config.

@@ -1,4 +1,4 @@
-"""Set-up of every test: a compilation cache, strict rank promotion, and hypothesis without chance or deadlines."""
+"""Set-up of every test: a compilation cache, strict promotion, and hypothesis without chance or deadlines."""
 
 import os
 import tempfile
@@ -13,6 +13,7 @@ import jax
 import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 hypothesis.settings.register_profile("lipjax", deadline=None, derandomize=True, database=None, print_blob=False)
 hypothesis.settings.load_profile("lipjax")

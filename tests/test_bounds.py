@@ -34,7 +34,7 @@ class Exact:
 
     def __call__(self, place, layer, rows, columns):
         kept = rows.reshape(len(rows), -1, 1) & columns.reshape(len(columns), 1, -1)
-        return jnp.linalg.svd(layer.matrix()[None] * kept, compute_uv=False)[:, 0], None
+        return jnp.linalg.svd(jnp.where(kept, layer.matrix()[None], 0), compute_uv=False)[:, 0], None
 
 
 @jax.jit

@@ -229,9 +229,9 @@ def with_lines(network, bounds, label, rival, alphas):
 
     def choose(place, activation, c, before):
         lower, upper = before.box
-        unstable = (lower < 0) & (upper > 0)
-        chord = jnp.where(unstable, upper / jnp.where(unstable, upper - lower, 1), upper > 0)
-        lower_line = jnp.where(unstable, alphas[place], upper > 0)
+        unstable = (lower < 0) & ((upper > 0).astype(upper.dtype))
+        chord = jnp.where(unstable, upper / jnp.where(unstable, upper - lower, 1), (upper > 0).astype(upper.dtype))
+        lower_line = jnp.where(unstable, alphas[place], (upper > 0).astype(upper.dtype))
         return c * jnp.where(c >= 0, lower_line, chord), jnp.zeros(())
 
     own = jax.tree.map(lambda leaf: leaf[0], bounds)
@@ -338,7 +338,7 @@ def test_gradients_in_the_network_and_the_multipliers_are_those_of_differences(k
         gradient = jax.jit(jax.grad(total, argnums=(0, 1)))(*point)
         rng = np.random.default_rng(0)
         # A weight of 0 has a derivative to one side alone.
-        direction = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape)) * (leaf != 0), point)
+        direction = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape) * np.asarray(leaf != 0)), point)
         ends = [total(*jax.tree.map(lambda a, d, step=step: a + step * d, point, direction)) for step in (1e-6, -1e-6)]
         slope = sum(jnp.sum(g * d) for g, d in zip(*map(jax.tree.leaves, (gradient, direction)), strict=True))
         assert float(slope) == pytest.approx(float(ends[0] - ends[1]) / 2e-6, rel=1e-4)

@@ -237,7 +237,7 @@ def evaluation(network, bounds, label, rival, multipliers):
     for layer, activation, before in zip(network.layers, network.activations, bounds.before, strict=True):
         entering = region.reshape(layer.in_shape)
         layers.append(rounding.adjoint_errors(wide(layer), entering, floating_point.UNIT32))
-        lower, upper, center = (activation(value) for value in (*before.box, before.center))
+        lower, upper, center = (wide(activation)(value) for value in (*before.box, before.center))
         region = Region(lower, upper, center, before.radius, jnp.ones(center.shape, bool), before.finite)
     bounds = dataclasses.replace(bounds, slack=dataclasses.replace(bounds.slack, layers=tuple(layers)))
     errors = dual.errors(wide(network), bounds, trace, jnp.zeros(()), floating_point.UNIT32)

@@ -39,7 +39,8 @@ def wrapped(network):
 @pytest.mark.parametrize("attack", ["L2DeepFoolAttack", "L2CarliniWagnerAttack"])
 def test_the_nearest_adversarial_example_is_no_nearer_than_the_radius(subject, attack):
     network, x, label, radius = subject
-    points, _, found = getattr(foolbox.attacks, attack)(steps=50)(wrapped(network), x, label, epsilons=None)
+    with jax.numpy_dtype_promotion("standard"):  # its one-hot vectors are products of booleans and floats
+        points, _, found = getattr(foolbox.attacks, attack)(steps=50)(wrapped(network), x, label, epsilons=None)
     found, points = np.asarray(found), np.asarray(points, np.float64)
     distance = np.linalg.norm((points - np.asarray(x, np.float64)).reshape(len(x), -1), axis=1)
     assert found.any()  # it is an attack

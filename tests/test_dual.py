@@ -229,7 +229,7 @@ def with_lines(network, bounds, label, rival, alphas):
 
     def choose(place, activation, c, before):
         lower, upper = before.box
-        unstable = (lower < 0) & ((upper > 0).astype(upper.dtype))
+        unstable = (lower < 0) & (upper > 0)
         chord = jnp.where(unstable, upper / jnp.where(unstable, upper - lower, 1), (upper > 0).astype(upper.dtype))
         lower_line = jnp.where(unstable, alphas[place], (upper > 0).astype(upper.dtype))
         return c * jnp.where(c >= 0, lower_line, chord), jnp.zeros(())

@@ -361,6 +361,18 @@ def test_float64_weights_far_from_one_have_true_bounds(scale):
             assert scale <= found.sigma[0] <= scale * 1.001
 
 
+@pytest.mark.parametrize("t_delta", [1e-3, 1e-6 / 3, 7e-11])
+def test_the_end_of_the_bracket_is_no_lower_than_the_root(t_delta):
+    # After one step the root is known, a + b / t_delta, and it is where the bracket ends.
+    a, b = 1.0, np.linspace(0.1, 3, 50)
+    with jax.enable_x64(True):
+        tables = (jnp.full((50, 1), a), jnp.asarray(b)[:, None], jnp.full(50, 2, jnp.int32), jnp.zeros(50, bool))
+        _, upper = lanczos.enclosures(lanczos.Tridiagonal(*tables), 1, t_delta)
+    root = (a + b.astype(np.longdouble) / t_delta) ** 0.5
+    assert np.all(np.asarray(upper, np.longdouble) >= root)
+    np.testing.assert_allclose(np.asarray(upper), root.astype(float), rtol=1e-9)
+
+
 # The smallest part
 
 

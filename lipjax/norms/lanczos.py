@@ -194,8 +194,8 @@ def enclosures(matrix: Tridiagonal, steps: Array | int, t_delta: Array | float) 
     place = jnp.arange(diagonal.shape[0], dtype=count.dtype)[:, None]
     used = place < count[None]
     target = -jnp.log(t_delta) + jnp.sum(jnp.where(used, jnp.log(jnp.where(used & (off > 0), off, 1)), 0), axis=0)
-    # Where t >= a_j + b_{j-1} / c + b_j c for every j, all p_j / p_{j-1} are at least c.
-    growth = (t_delta ** (-1 / jnp.maximum(count, 1))).astype(diagonal.dtype)
+    # Where t >= a_j + b_{j-1} / c + b_j c for every j, all p_j / p_{j-1} are at least c; and c^k has to be 1 / t_delta.
+    growth = (1 + ROUNDING) * t_delta ** (-1 / jnp.maximum(count, 1).astype(diagonal.dtype))
     inner = jnp.where(place < count[None] - 1, off, 0)
     residual = jnp.where((place == count[None] - 1) & ~exact[None], off, 0)
     before = jnp.concatenate([jnp.zeros_like(off[:1]), inner[:-1]])

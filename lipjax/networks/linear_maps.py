@@ -46,9 +46,9 @@ class LinearMap:
         )
 
     def divided(self, scale: Array | float) -> LinearMap:
-        """The map divided by a number."""
-        matvec, rmatvec = self.matvec, self.rmatvec
-        return dataclasses.replace(self, matvec=lambda a: matvec(a) / scale, rmatvec=lambda z: rmatvec(z) / scale)
+        """The map divided by a power of two, which rounds nothing: multiplied by its inverse, because that is faster."""
+        matvec, rmatvec, inverse = self.matvec, self.rmatvec, 1 / scale
+        return dataclasses.replace(self, matvec=lambda a: matvec(a) * inverse, rmatvec=lambda z: rmatvec(z) * inverse)
 
     def from_smaller_side(self) -> LinearMap:
         """The map or its transpose, whichever takes the shorter vectors. Both have the same singular values."""

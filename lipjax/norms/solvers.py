@@ -203,9 +203,12 @@ def _smaller_side(layer: Affine) -> int:
 
 
 def _scale_of(layer: Affine) -> float:
-    """A power of two near the largest sum of a row of ``|W|``: divided by it, squares stay within float64."""
+    """A power of two near the largest sum of a row of ``|W|``: divided by it, squares stay within float64.
+
+    Its inverse is a normal number as well.
+    """
     largest = float(_largest_row_sum(layer))
-    return 2.0 ** math.frexp(largest)[1] if 0 < largest < np.inf else 1.0
+    return 2.0 ** min(max(math.frexp(largest)[1], -1000), 1000) if 0 < largest < np.inf else 1.0
 
 
 @jax.jit

@@ -46,7 +46,7 @@ class LinearMap:
         )
 
     def divided(self, scale: Array | float) -> LinearMap:
-        """The map divided by a power of two, which rounds nothing: multiplied by its inverse, because that is faster."""
+        """The map divided by a power of two, which rounds nothing: times its inverse, because that is faster."""
         matvec, rmatvec, inverse = self.matvec, self.rmatvec, 1 / scale
         return dataclasses.replace(self, matvec=lambda a: matvec(a) * inverse, rmatvec=lambda z: rmatvec(z) * inverse)
 

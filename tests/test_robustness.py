@@ -535,7 +535,7 @@ model = nnx.Sequential(
     nnx.Linear(8 * 4 * 4, 10, rngs=rngs),
 )
 network = lipjax.from_flax(model, input_shape=(8, 8, 1))
-x, label = jax.random.uniform(jax.random.key(0), (4, 8, 8, 1)), jnp.array([0, 1, 2, 3])
+x, label = jax.random.uniform(jax.random.key(0), (2, 8, 8, 1)), jnp.array([0, 1])
 sound = dict(level="probabilistic", delta=1e-6, key=jax.random.key(1))
 lipschitz = lipjax.local_lipschitz(network, x, eps=0.1, **sound)
 certificate = lipjax.certify(network, x, label, eps=0.1, **sound)
@@ -550,11 +550,11 @@ def test_a_flax_model_of_ones_own_is_certified_with_64_bits_off_and_on(x64):
         exec(B5, scope)
     certificate = scope["certificate"]
     for value in (scope["lipschitz"], scope["radius"], certificate.worst_margin, certificate.lipschitz):
-        assert value.shape == (4,)
+        assert value.shape == (2,)
         assert np.isfinite(value).all()
     # Whom global norms certify keeps their constant.
     assert np.all(np.asarray(scope["lipschitz"]) <= np.asarray(certificate.lipschitz) * (1 + 2e-3))
-    right = np.asarray(certificate.prediction) == np.arange(4)
+    right = np.asarray(certificate.prediction) == np.arange(2)
     assert np.all((np.asarray(scope["radius"]) > 0) <= right)
     assert np.all(np.asarray(certificate.certified) == (np.asarray(scope["radius"]) >= 0.1))
 

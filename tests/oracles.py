@@ -174,7 +174,8 @@ class DenseNetwork:
 
 def spectral_norm(matrix):
     """The largest singular value; 0 for an empty or zero matrix."""
-    return float(np.linalg.svd(matrix, compute_uv=False)[0]) if matrix.any() else 0.0
+    matrix = matrix[matrix.any(axis=1)][:, matrix.any(axis=0)]  # what a mask leaves of it has the same one
+    return float(np.linalg.svd(matrix, compute_uv=False)[0]) if matrix.size else 0.0
 
 
 def box_and_ball_minimum(c, low, high, radius):

@@ -172,12 +172,14 @@ def test_what_is_live_is_live_in_the_reference(case):
 @pytest.mark.parametrize("case", SMALL)
 def test_norms_are_those_of_our_own_masked_matrices(case):
     _, x, network = load(case)
-    bounds = bounds_of(case)
+    bounds, matrices = bounds_of(case), [matrix for matrix, _ in oracles.DenseNetwork(network).layers]
     for i in range(len(x)):
         columns = np.ones(x[i].size, bool)
-        for k, (matrix, _) in enumerate(oracles.DenseNetwork(network).layers):
+        for k, matrix in enumerate(matrices):
             rows = np.asarray(bounds.live[k][i]).ravel()
-            sigma = oracles.spectral_norm(matrix * np.outer(rows, columns))
+            left = matrix[rows][:, columns]
+            # Much faster than the SVD, and exact to far more digits than are compared.
+            sigma = np.sqrt(max(0, np.linalg.eigvalsh(left.T @ left)[-1])) if left.size else 0
             assert float(bounds.sigmas[i, k]) == pytest.approx(sigma, rel=1e-4, abs=1e-6)
             assert float(bounds.sigmas[i, k]) <= sigma * (1 + 1e-5)
             columns = rows

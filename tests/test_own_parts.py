@@ -217,7 +217,9 @@ def workdir(tmp_path_factory):
 def test_own_parts_are_found_by_the_script_train_and_are_certified(workdir, tmp_path):
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     assert rows[-1]["worst_loss"] < rows[5]["worst_loss"]
-    commands.certify_command(commands.Parser(), [f"--workdir={workdir}", f"--output={tmp_path}", "--no-triage", "--limit=40"])
+    commands.certify_command(
+        commands.Parser(), [f"--workdir={workdir}", f"--output={tmp_path}", "--no-triage", "--limit=40"]
+    )
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["dataset"] == f"{HERE}:small_digits"
     assert summary["certified_accuracy"] > 0.5

@@ -88,10 +88,6 @@ def test_every_public_name_exists_and_has_a_docstring(name):
     assert not doc.startswith(f"{name}("), "this is the signature that dataclasses write, not a docstring"
 
 
-def test_all_is_sorted_without_repetition():
-    assert len(lipjax.__all__) == len(set(lipjax.__all__))
-
-
 def test_the_package_says_that_it_is_typed():
     assert (PACKAGE / "py.typed").is_file()
 

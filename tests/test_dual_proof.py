@@ -408,5 +408,5 @@ def test_what_is_not_finite_proves_nothing():
 def test_the_dual_is_refused_where_norms_are_estimates():
     network = oracles.random_network("dense relu", 1)
     x, label = jnp.asarray(oracles.random_inputs(network, 1, 1)), jnp.zeros(1, jnp.int32)
-    with pytest.raises(ValueError, match="end in a proof, which level='estimate' is not; leave out 'dual'"):
+    with pytest.raises(ValueError, match="name 'dual', which is a proof, but level='estimate' is none: leave it out"):
         lipjax.certify(network, x, label, 0.1, level="estimate", stages=("global", "dual"))

@@ -204,7 +204,7 @@ def test_a_certifier_refuses_radii_that_leave_float64():
     network = lipjax.from_flax(nnx.Sequential(*FOLDED["activations without a layer between"]), (6, 6, 2))
     certifier = lipjax.Certifier(network, 1, level="deterministic")
     x, label = np.zeros((1, 6, 6, 2), np.float32), np.array([0])
-    for call in (certifier.globally, lambda *given: certifier.with_local_norms(*given, np.array([0]))):
+    for call in (certifier.with_global_norms, lambda *given: certifier.with_local_norms(*given, np.array([0]))):
         with pytest.raises(ValueError, match="expected 0, or at least 1e-100"):
             call(x, label, 1e-200)
 

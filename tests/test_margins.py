@@ -63,7 +63,7 @@ def test_box_and_ball_is_the_exact_minimum_and_never_above(shape, seed, center, 
     head, region, label = sample(seed, features, classes, 10**center, 10**width, 10**radius, live)
     ours, pairwise = (np.asarray(m, np.float64) for m in _both(head, region, label))
     exact, clean = exact_margins(head, region, label)
-    logits = np.abs(np.asarray(head.kernel)).T @ np.abs(np.asarray(region.center))
+    logits = np.abs(np.asarray(head.kernel)).T @ np.abs(np.asarray(region.center)) + np.abs(np.asarray(head.bias))
     rounding = 1e-6 * (1 + 2 * logits.max())  # of the clean float32 logits, which is not what is tested here
     drop = clean - exact
     assert np.all(ours <= exact + rounding + 1e-5 * drop)

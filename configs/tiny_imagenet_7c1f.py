@@ -7,7 +7,7 @@ Expected:  clean / PGD / certified accuracy of the paper, in %: 31.3 / 28.2 / 13
 
 The paper does not give the layers of this network nor how it was trained; layers and activation are ours, and the
 schedule
-is that of configs/tiny_imagenet_8c2f.py. The data set is prepared from the original archive: see README.md.
+is that of configs/tiny_imagenet_8c2f.py. The data set is prepared from the original archive: see docs/running.md.
 """
 
 from lipjax.experiments import defaults

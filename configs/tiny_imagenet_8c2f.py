@@ -7,7 +7,7 @@ Expected:  clean / PGD / certified accuracy of the paper, in %: 30.8 / 28.4 / 20
            --config.sparsity.weight=0: 30.6 / 28.3 / 19.9 (Table 6;
            .03: 29.7 / 27.3 / 20.2, .1: 28.9 / 26.7 / 19.8).
 
-The data set is prepared from the original archive: see README.md.
+The data set is prepared from the original archive: see docs/running.md.
 
 The numbers are those of the paper's Table 3. With norms of each example for every layer the stored vectors of 100,000
 images take 116 GB, shared by the devices. The authors' code uses them for 5 of the 9 weight layers before the last

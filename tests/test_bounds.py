@@ -533,3 +533,10 @@ def test_an_input_that_is_no_batch_is_refused(shape):
     ):
         with pytest.raises(ValueError, match="expected a batch"):
             call(jnp.zeros(shape))
+
+
+@pytest.mark.parametrize("label", [jnp.zeros(2, jnp.int32), jnp.zeros(1), jnp.int32(0), jnp.zeros((1, 1), jnp.int32)])
+def test_labels_that_do_not_fit_are_refused(label):
+    network, x = _sure()
+    with pytest.raises(ValueError, match="expected 1 integers"):
+        certify(network, x, label, 0.1, key=jax.random.key(0))

@@ -181,7 +181,7 @@ class RandomPoints(stages.Bounding):
         noise /= np.linalg.norm(noise.reshape(len(noise), -1), axis=1).reshape(-1, 1, 1, 1)
         logits = certifier.inference(jnp.asarray(batch.x + self.eps * noise))
         wrong = np.argmax(np.asarray(logits), axis=1) != np.asarray(batch.label)
-        evidence.refute(places, wrong[: len(places)])
+        evidence.refute(self.name, places, wrong[: len(places)])
 
 
 def small_digits(split):
@@ -239,9 +239,29 @@ def test_a_solver_and_stages_are_named_in_options(workdir, tmp_path):
         assert set(file["stage"]) <= {"prediction", "near", "random points", "undecided"}
 
 
+def test_what_a_stage_refutes_is_entered_under_its_name(workdir):
+    run, (images, labels) = lipjax.load_run(workdir), small_digits("test")
+    dataset = lipjax.Dataset.of(images[:20], labels[:20])
+    found = lipjax.evaluate(
+        run.network, dataset, 20.0, batch_size=20, level=own_solver, stages=(RandomPoints, "global")
+    )
+    refuted = found.columns["stage"] == "random points"
+    assert refuted.any()
+    np.testing.assert_array_equal(refuted, found.columns["attacked"])
+    assert found.summary["counts"]["decided"]["random points"] == refuted.sum()
+    assert not found.columns["certified"][refuted].any()
+
+
+class Pretender(Frobenius):
+    """A solver that says of itself what it is not."""
+
+    claim = cohorts.Claim("probabilistic", is_bound=True, draws_starts=False)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"level": lambda delta, rtol: Pretender()}, "level 'probabilistic' has another claim than this solver"),
         (
             {"level": "own"},
             "level='own' is not known; give one of probabilistic, deterministic, estimate",

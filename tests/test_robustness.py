@@ -305,6 +305,20 @@ def test_constants_of_logits_and_of_a_margin_are_those_of_the_oracle(kind, level
             assert everywhere >= constant * (1 - 1e-5)
 
 
+@pytest.mark.parametrize("level", ["probabilistic", "deterministic"])
+def test_rows_that_differ_by_less_than_float32_resolves_have_a_constant_above_zero(level):
+    kernel = np.array([[2e-38, 1.5e-38]], np.float32)  # normal numbers, whose difference float32 flushes to zero
+    network = lipjax.chain(lipjax.dense(jnp.asarray(kernel), jnp.zeros(2), (1,)))
+    found = lipjax.local_lipschitz(network, jnp.ones((1, 1)), 0.1, of=(0, 1), level=level, key=KEY)
+    assert float(found[0]) >= float(kernel[0, 0]) - float(kernel[0, 1]) > 0
+
+
+def test_a_margin_of_a_head_whose_rows_are_computed_has_a_constant_above_samples():
+    head = lipjax.Scale(kernel=jnp.array([3.0, -2.0]), bias=jnp.zeros(2), in_shape=(2,), out_shape=(2,))
+    found = lipjax.global_lipschitz(lipjax.chain(head), of=(0, 1), key=KEY)
+    assert np.hypot(3, 2) <= float(found) <= 3 * np.sqrt(2) * 1.001
+
+
 def test_a_constant_of_what_is_not_there_is_refused():
     network, x, _ = case("dense clipped")
     for of, message in ((("features",), "two classes"), ((0, 99), r"of=\(0, 99\) names a class that is not there")):

@@ -95,10 +95,10 @@ class Evidence:
         self._decide(places, ~self.correct[places], "prediction")
         self._decide(places, certified, name)
 
-    def refute(self, places: np.ndarray, broken: np.ndarray) -> None:
-        """Enter for which examples at some places an attack has found a wrong prediction."""
+    def refute(self, name: str, places: np.ndarray, broken: np.ndarray) -> None:
+        """Enter for which examples at some places a stage that attacks has found a wrong prediction."""
         self.attacked[places] |= broken
-        self._decide(places, broken, "attack")
+        self._decide(places, broken, name)
 
     def certificate(self, level: str, domain: str) -> Certificate:
         """What is known as a certificate of all examples."""

@@ -24,7 +24,7 @@ from lipjax.certification.pairs import Ascent
 from lipjax.certification.radius import certified_radii
 from lipjax.certification.stages import BOUNDING, Dual, Global, Local, StageOf, chosen_stages, climb, ladder_of
 from lipjax.networks.graph import Network, check_network
-from lipjax.networks.layers import Bilinear, dense
+from lipjax.networks.layers import Dense, dense
 from lipjax.networks.regions import (
     check_domain,
     check_eps,
@@ -35,7 +35,7 @@ from lipjax.norms import estimates, starts
 from lipjax.norms.solvers import Level
 
 Output = str | tuple[int, int]  # of a network: "features", "logits", or two classes, for the difference of their logits
-ROUNDED = 2.0**-22  # more than the difference of two numbers of float32, or a product, is rounded by, relatively
+ROUNDED = 2.0**-22  # more than a difference or a product is rounded by, relatively
 
 
 def certify(
@@ -194,7 +194,7 @@ def local_lipschitz(
     """
     estimated = options.get("level") == "estimate"
     _check(network, x, eps, traced=estimated)
-    network, factor = _up_to(network, of)
+    network, factor = _up_to(network, of, estimated=estimated)
     if estimated:
         key, whole = _estimates(network, options)
         ask = estimates.Estimate(starts.keys_of_examples(key, jnp.arange(len(x))), ceilings=whole)
@@ -219,17 +219,18 @@ def global_lipschitz(network: Network, *, of: Output = "features", **options: An
         As of :func:`certify`.
     """
     check_network(network)
-    network, factor = _up_to(network, of)
-    if options.get("level") == "estimate":
+    estimated = options.get("level") == "estimate"
+    network, factor = _up_to(network, of, estimated=estimated)
+    if estimated:
         return jnp.asarray(factor * network.lipschitz(_estimates(network, options)[1]))
     return _outward(np.float64(factor * Certifier(network, 0, **options).global_lipschitz), np.inf)
 
 
-def _up_to(network: Network, of: Output) -> tuple[Network, float]:
+def _up_to(network: Network, of: Output, *, estimated: bool) -> tuple[Network, float]:
     """A network whose features are what is asked about, and what its constant is to be multiplied by.
 
-    The difference of two rows in the precision of the layer is off by half a unit in the last place. Rows of a layer
-    that is not linear in a kernel are not known that well: there the constant of the logits is taken.
+    Two rows of a dense layer are subtracted in float64, where nothing is flushed to zero. Rows of another layer are
+    computed, and what that rounds may be all that is left of a difference: there the constant of the logits is taken.
     """
     if of == "features":
         return network, 1.0
@@ -240,10 +241,11 @@ def _up_to(network: Network, of: Output) -> tuple[Network, float]:
         raise ValueError(f"of={of!r} cannot be used; give 'features', 'logits', or two classes (i, j)")
     if not all(0 <= c < classes for c in of):
         raise ValueError(f"of={of} names a class that is not there; expected two classes from 0 to {classes - 1}")
-    if not isinstance(network.head, Bilinear):
+    if not isinstance(network.head, Dense):
         return network.with_features_from(network.head), math.sqrt(2) * (1 + ROUNDED)
-    difference = network.head.row(of[0]) - network.head.row(of[1])
-    layer = dense(difference[:, None], jnp.zeros(1, difference.dtype), network.head.in_shape)
+    first, second = (network.head.row(c) for c in of)
+    difference = first - second if estimated else np.asarray(first, np.float64) - np.asarray(second, np.float64)
+    layer = dense(difference[:, None], jnp.zeros(1, network.head.dtype), network.head.in_shape)
     return network.with_features_from(layer), 1 + ROUNDED
 
 

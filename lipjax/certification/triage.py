@@ -62,7 +62,7 @@ class Attack:
         else:
             number = round_ - PGD_ROUNDS
             wrong = _attack(self.network, batch.x, batch.label, self.eps, keys, number, domain=self.domain)
-        evidence.refute(places, np.asarray(wrong)[:count])
+        evidence.refute(self.name, places, np.asarray(wrong)[:count])
 
 
 @jax.jit

@@ -6,13 +6,12 @@ import argparse
 import pathlib
 import sys
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from lipjax.certification.stages import NAMES, StageOf
+from lipjax.certification.stages import NAMES
 from lipjax.errors import InputError
 from lipjax.experiments import certifying, figures, references, runs, settings
 from lipjax.networks.regions import DOMAINS
-from lipjax.norms.solvers import LEVELS, Level
 
 DATA = "an .npz with images (n, H, W, C), uint8 or floats in [0, 1], and integer labels (n,), in place of a split"
 DOMAIN = "what is certified and attacked: the whole l2 ball (default), or what of it lies in the pixel range [0, 1]"
@@ -106,12 +105,12 @@ def certify_command(parser: Parser, arguments: list[str]) -> None:
         batch_size=options.batch_size,
         which=options.checkpoint,
         output=options.output,
-        level=_level(options.level),
+        level=_named(options.level, "--level"),
         delta=options.delta,
         rtol=options.rtol,
         triage=not options.no_triage,
         radius=options.radius,
-        stages=_stages(options.stages),
+        stages=[_named(name, "--stages") for name in options.stages.split(",")] if options.stages else None,
         dual_steps=options.dual_steps,
         domain=options.domain,
         resume=options.resume,
@@ -132,15 +131,6 @@ def certify_main() -> None:
     run(certify_command, certify_command.__doc__, "lipjax-certify")
 
 
-def _level(name: str) -> str | Level:
-    if references.is_reference(name):
-        return references.find(name, "--level")
-    if name not in LEVELS:
-        raise InputError(f"--level={name} is unknown; use one of {', '.join(LEVELS)}, or package.module:solver")
-    return name
-
-
-def _stages(names: str | None) -> list[str | StageOf] | None:
-    if not names:
-        return None
-    return [references.find(name, "--stages") if references.is_reference(name) else name for name in names.split(",")]
+def _named(name: str, option: str) -> Any:
+    """What a user's reference names; a name of lipjax as it is, which who uses it checks."""
+    return references.find(name, option) if references.is_reference(name) else name

@@ -194,8 +194,11 @@ def solver_of(level: str | Level, starts: int, delta: float, rtol: float) -> Sol
         raise ValueError(f"delta={delta!r} is no probability of failure; give a number between 0 and 1, such as 1e-6")
     if isinstance(rtol, str) or not rtol > 0:
         raise ValueError(f"rtol={rtol!r} cannot be reached; give a relative gap more than 0, such as 1e-3")
-    make = level if callable(level) else LEVELS[level]
-    return make(delta / max(1, starts), rtol)
+    solver = (level if callable(level) else LEVELS[level])(delta / max(1, starts), rtol)
+    for ours in (Lanczos.claim, Deterministic.claim, PowerIteration.claim):
+        if solver.claim.name == ours.name and solver.claim != ours:
+            raise ValueError(f"level {ours.name!r} has another claim than this solver; give it a name of its own")
+    return solver
 
 
 def _smaller_side(layer: Affine) -> int:

@@ -1,9 +1,12 @@
 # What continuous integration runs, and what a developer runs before a commit.
 PYTHON ?= python
 
-.PHONY: test lint types bench check
+.PHONY: test slow lint types bench check
 test:
 	$(PYTHON) -m pytest -n 2
+
+slow:
+	$(PYTHON) -m pytest -n 2 -m slow
 
 lint:
 	$(PYTHON) -m ruff check .

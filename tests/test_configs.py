@@ -79,6 +79,7 @@ def check(name, method, folder, monkeypatch, *, interrupted):
     assert 0 <= summary["certified_accuracy"] <= summary["pgd_accuracy"] <= summary["clean_accuracy"] <= 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "method"), SOME)
 def test_a_config_trains_resumes_and_certifies(name, method, tmp_path, monkeypatch):
     check(name, method, tmp_path / "run", monkeypatch, interrupted=method == "at")

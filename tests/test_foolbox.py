@@ -14,6 +14,8 @@ import pytest
 
 import lipjax
 
+pytestmark = pytest.mark.slow
+
 with warnings.catch_warnings():  # its imports are older than the SciPy that they are from
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     foolbox = pytest.importorskip("foolbox", reason="foolbox is not installed; it is in the extra attacks")

@@ -151,6 +151,7 @@ def test_attacks_of_linear_classifiers_nearly_reach_the_worst_point(name):
         assert nearly <= loss[i] <= worst * (1 + 1e-5)
 
 
+@pytest.mark.slow
 def test_all_methods_differ_on_one_batch():
     network, x, label = network_and_batch()
     found = {name: evaluate(objective(name), network, x, label)[0].mean() for name in defaults.METHODS}

@@ -56,6 +56,7 @@ def lines_of(path):
         return {(line["setting"], line["method"]): line for line in csv.DictReader(file)}
 
 
+@pytest.mark.slow
 def test_a_table_is_measured_once_and_says_what_is_missing(small, workdir, monkeypatch, capsys):
     path = tables.table("table1", options(workdir, only="*standard*"))
     lines = lines_of(path)
@@ -130,6 +131,7 @@ def test_iterations_are_means_over_the_norms_that_were_iterated():
     assert tables._iterations({"products_per_norm": [0.0, 10.0], "iterated_share": [0.0, 0.25]}) == [0.0, 20.0]
 
 
+@pytest.mark.slow
 def test_figures_are_drawn_from_the_logs(small, workdir):
     for name in published.FIGURES:
         assert tables.figure(name, options(workdir)).read_bytes().startswith(b"\x89PNG"), name

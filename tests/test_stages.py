@@ -130,6 +130,7 @@ def test_radii_on_pixels_are_not_smaller():
     assert np.all(radii("pixels", FORWARD)[-1] >= radii("ball", FORWARD)[-1] - 1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("domain", ["ball", "pixels"])
 def test_radii_withstand_attacks(domain):
     network, (x, label, radius) = subject()[0], radii(domain, ALL)

@@ -1,5 +1,7 @@
 """Norms without chance: never below the dense SVD, and close to it where the smaller side is small."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -76,3 +78,19 @@ def test_weights_that_are_not_finite_have_an_infinite_bound(bad, small):
         assert np.isinf(
             cohorts.norms(solvers.Deterministic(small), cohorts.MaskedLayer(layer, masks, masks, None)).sigma
         ).all()
+
+
+def test_norms_that_are_claimed_to_be_bounds_take_float64():
+    narrow = cohorts.whole(dense(jnp.ones((3, 2)), jnp.zeros(2), (3,)))
+    with pytest.raises(TypeError, match=r"computes in float32, but level 'deterministic' claims bounds.*astype"):
+        cohorts.norms(solvers.Deterministic(), narrow)
+
+
+def test_what_is_no_norm_proves_nothing():
+    class Wrong(solvers.Deterministic):
+        def enclose(self, masked, state):
+            return dataclasses.replace(super().enclose(masked, state), upper=np.array([-1.0]))
+
+    with jax.enable_x64(True):
+        masked = cohorts.whole(dense(jnp.ones((3, 2), jnp.float64), jnp.zeros(2, jnp.float64), (3,)))
+        assert cohorts.norms(Wrong(), masked).sigma == np.inf

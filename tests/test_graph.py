@@ -1,6 +1,7 @@
 """Networks as graphs: random ones with sums, concatenations and shared values against sampling and attacks."""
 
 import dataclasses
+import fractions
 import functools
 
 import jax
@@ -278,3 +279,25 @@ def test_a_certificate_with_a_radius_per_example_is_what_all_with_that_radius_ha
         assert float(together.worst_margin[i]) == pytest.approx(float(alone.worst_margin[i]), rel=1e-3, abs=1e-4)
     constants = lipjax.local_lipschitz(network, x, eps, level="deterministic")
     assert float(constants[2]) == float(lipjax.local_lipschitz(network, x, 0.3, level="deterministic")[2])
+
+
+@pytest.mark.parametrize(("copies", "scale"), [(200, 0.58659524), (1000, 0.7), (37, 1e-50)])
+def test_the_constant_of_many_values_side_by_side_is_never_below_the_truth(copies, scale):
+    with jax.enable_x64(True):
+        kernel = jnp.full(1, scale, jnp.float64)
+        graph = Graph((1,))
+        place = graph.add(lipjax.Scale(kernel=kernel, bias=jnp.zeros(1), in_shape=(1,), out_shape=(1,)), graph.input)
+        graph.add(Concatenation(), *[place] * copies, arranged=[(1,)] * copies)
+        network = graph.network(dense(jnp.ones((copies, 2)), jnp.zeros(2), (copies,)))
+        found = float(lipjax.global_lipschitz(network, level="deterministic"))
+    truth = copies * fractions.Fraction(scale) ** 2
+    assert truth <= fractions.Fraction(found) ** 2 <= truth * fractions.Fraction(1 + 1e-9)
+
+
+def test_a_product_that_leaves_floating_point_is_not_zero():
+    layers = [dense(jnp.eye(3) * 2e-38, jnp.zeros(3), (3,)) for _ in range(9)]
+    network = chain(*layers, dense(jnp.ones((3, 2)), jnp.zeros(2), (3,)))
+    assert lipjax.global_lipschitz(network, level="deterministic") > 0
+    assert (lipjax.local_lipschitz(network, jnp.ones((1, 3)), 0.1, level="deterministic") > 0).all()
+    dead = chain(dense(jnp.zeros((3, 3)), jnp.zeros(3), (3,)), dense(jnp.ones((3, 2)), jnp.zeros(2), (3,)))
+    assert lipjax.global_lipschitz(dead, level="deterministic") == 0

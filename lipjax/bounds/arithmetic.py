@@ -7,12 +7,14 @@ both may round widens each box and is added to each radius; see :mod:`lipjax.bou
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax.numpy as jnp
 from jax import Array
 
 from lipjax.bounds import rounding
-from lipjax.floating_point import UNIT64
+from lipjax.floating_point import SMALLEST64, UNIT64
+from lipjax.networks.graph import Network
 from lipjax.networks.layers import Affine
 from lipjax.networks.regions import Preactivation, Region
 
@@ -37,9 +39,9 @@ class Arithmetic:
         """The region of a sum, and how far each entry may be off it."""
         return joined, jnp.zeros_like(joined.center)
 
-    def constant(self, value: Array, operations: int) -> Array:
-        """A constant that so many operations have come to."""
-        return value
+    def constant(self, network: Network, sigmas: Sequence[Array] | Array) -> Array:
+        """The constant of the feature map from the norms of its layers; see :meth:`lipjax.Network.lipschitz`."""
+        return network.lipschitz(sigmas)
 
     def logits(self, head: Affine, features: Region) -> tuple[Region, Array]:
         """The region of the features, and how far each logit may be off (classes,)."""
@@ -66,8 +68,11 @@ class Float32Inference(Arithmetic):
         widened = rounding.widen_sum(joined, slack)
         return rounding.without_overflow(widened, jnp.abs(jnp.stack(widened.box))), slack
 
-    def constant(self, value: Array, operations: int) -> Array:
-        return value * (1 + 4 * operations * UNIT64)
+    def constant(self, network: Network, sigmas: Sequence[Array] | Array) -> Array:
+        value = network.lipschitz(sigmas) * (1 + 2 * network.constant_operations * UNIT64)
+        # A product of small norms leaves float64, but is not zero, unless one on each way is.
+        varies = network.lipschitz([jnp.where(sigma == 0, jnp.zeros_like(sigma), 1) for sigma in sigmas]) > 0
+        return jnp.where(varies & (value < SMALLEST64), SMALLEST64, value)
 
     def logits(self, head: Affine, features: Region) -> tuple[Region, Array]:
         fits = rounding.without_overflow(features, rounding.partial_sums(head, features))

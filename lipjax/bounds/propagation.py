@@ -183,7 +183,7 @@ def propagate(
     features, logits = _features(network.head, last, arithmetic)
     stacked = [jnp.asarray(sigma, features.center.dtype) for sigma in sigmas]
     table = jnp.stack(stacked, axis=-1) if sigmas else jnp.ones((*features.finite.shape, 0), features.center.dtype)
-    constant = arithmetic.constant(jnp.asarray(network.lipschitz(stacked), table.dtype), len(network.nodes) + 1)
+    constant = jnp.asarray(arithmetic.constant(network, stacked), table.dtype)
     lipschitz = jnp.broadcast_to(constant, features.finite.shape)
     slack = Slack(tuple(of_layers), tuple(of_sums), logits)
     masks = tuple(before), tuple(live), tuple(asked)

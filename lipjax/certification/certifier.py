@@ -127,8 +127,8 @@ class Certifier:
     @property
     def global_lipschitz(self) -> float:
         """Product of the norms of the whole layers of the feature map."""
-        constant = self.network.lipschitz(self.sigmas)
-        return float(self._arithmetic.constant(constant, len(self.network.nodes) + 1))
+        with self._precision():
+            return float(self._arithmetic.constant(self.network, jnp.asarray(self.sigmas)))
 
     def with_global_norms(self, x: Array, label: Array, eps: Array | float) -> Certification:
         """Certificates of a batch with the norms of the whole layers: no start is drawn, no iteration is made."""

@@ -15,6 +15,7 @@ from jax import Array
 
 from lipjax.networks.activations import Activation
 from lipjax.networks.layers import Affine, Shape, identity
+from lipjax.networks.linear_maps import length
 
 value = functools.partial(dataclasses.dataclass, frozen=True)
 Value = TypeVar("Value")
@@ -151,16 +152,24 @@ class Network:
         Args:
             sigmas: one norm per layer; each of any shape, the same for all.
         """
-        layers = iter(range(len(sigmas)))
+        layers, first = iter(range(len(sigmas))), jnp.ones_like(sigmas[0]) if len(sigmas) else jnp.ones(())
+        root = jnp.vectorize(length, signature="(k)->()")
 
         def visit(place: int, node: Node, *constants: Any) -> Any:
             if isinstance(node.operation, Affine):
                 return constants[0] * sigmas[next(layers)]
             if isinstance(node.operation, Activation):
                 return constants[0] * node.operation.lipschitz
-            return sum(constants) if isinstance(node.operation, Sum) else sum(c**2 for c in constants) ** 0.5
+            if isinstance(node.operation, Sum):
+                return sum(constants)
+            return root(jnp.stack(jnp.broadcast_arrays(*constants), axis=-1))
 
-        return self.forward(1.0, visit)
+        return self.forward(first, visit)
+
+    @property
+    def constant_operations(self) -> int:
+        """How many operations of :meth:`lipschitz` round, one after the other, at most."""
+        return 4 * sum(1 + len(node.inputs) for node in self.nodes)
 
     def frozen(self) -> Network:
         """The network with its layers as inference computes them; see :meth:`lipjax.networks.layers.Affine.frozen`."""

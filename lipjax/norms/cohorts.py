@@ -179,7 +179,15 @@ def norms(solver: Solver, masked: MaskedLayer, ceiling: Any = np.inf, only: np.n
         ceiling: scalar or (N,), upper bounds known already, infinite where there is none; no sigma is larger. Where
             nothing is masked and a ceiling is known, that is the norm: no start is drawn.
         only: places of the examples that are asked about; the others keep their ceiling. Default all.
+
+    Raises:
+        TypeError: norms that are claimed to be bounds, of a layer that is not float64.
     """
+    if solver.claim.is_bound and masked.layer.dtype != jnp.float64:
+        raise TypeError(
+            f"the layer computes in {masked.layer.dtype}, but level {solver.claim.name!r} claims bounds, which take "
+            "float64: give network.astype(jnp.float64), and call within jax.enable_x64(True)"
+        )
     count = len(masked)
     sigma = np.array(np.broadcast_to(ceiling, count), np.float64)
     products, gap = np.zeros(count, int), np.full(count, np.nan)
@@ -191,7 +199,8 @@ def norms(solver: Solver, masked: MaskedLayer, ceiling: Any = np.inf, only: np.n
                 state = solver.advance(masked, part, state)
             found = solver.enclose(masked, state)
             unfinished = asked[~found.finished[asked]]
-        lower, upper = found.lower[asked], found.upper[asked]
+        lower, upper = found.lower[asked], np.asarray(found.upper, np.float64)[asked]
+        upper = np.where(upper >= 0, upper, np.inf)  # what is no norm proves nothing
         sigma[asked], products[asked] = np.minimum(upper, sigma[asked]), found.products[asked]
         with np.errstate(invalid="ignore", divide="ignore"):
             gap[asked] = np.where(upper == 0, 0.0 * lower, upper / lower - 1)

@@ -10,7 +10,7 @@ import lipjax
 PAGE = pathlib.Path(__file__).parent / "api.md"
 GROUPS = {
     "Questions about a network": ("certify", "certified_radius", "local_lipschitz", "global_lipschitz", "Certificate"),
-    "Networks": ("from_flax", "register", "chain", "Graph", "Network", "Node", "Sum", "Concatenation"),
+    "Networks": ("from_flax", "from_function", "register", "chain", "Graph", "Network", "Node", "Sum", "Concatenation"),
     "Whole runs": ("load_config", "train", "load_run", "certify_run", "evaluate", "Dataset"),
     "Flax modules": ("ClippedReLU", "MaxMin", "ClippedMaxMin", "Residual"),
     "Certifying many examples": ("Certifier", "load_certificates"),
@@ -28,6 +28,8 @@ GROUPS = {
     "Layers": (*("Affine", "Bilinear", "Dense", "Conv", "Scale", "dense", "convolution"),),
     "Activations": (
         *("Activation", "Elementwise", "IdentityActivation", "ReLUActivation", "ClippedReLUActivation"),
+        *("ClipActivation", "LeakyReLUActivation", "Smooth", "TanhActivation", "SigmoidActivation"),
+        *("SoftplusActivation", "ELUActivation", "SiLUActivation", "GELUActivation", "TanhGELUActivation"),
         *("MaxMinActivation", "ClippedMaxMinActivation", "MaxPoolActivation"),
     ),
     "Attacks": ("pgd", "attack"),

@@ -22,9 +22,11 @@ from lipjax.certification.robustness import certified_radius, certify, global_li
 from lipjax.moved import look_up as _look_up
 from lipjax.networks.activations import (
     Activation,
+    ClipActivation,
     ClippedReLUActivation,
     Elementwise,
     IdentityActivation,
+    LeakyReLUActivation,
     ReLUActivation,
 )
 from lipjax.networks.graph import Concatenation, Graph, Network, Node, Sum, chain
@@ -33,12 +35,22 @@ from lipjax.networks.linear_maps import LinearMap
 from lipjax.networks.maxmin import ClippedMaxMinActivation, MaxMinActivation
 from lipjax.networks.pooling import MaxPoolActivation
 from lipjax.networks.regions import Preactivation, Region, l2_ball
+from lipjax.networks.smooth import (
+    ELUActivation,
+    GELUActivation,
+    SigmoidActivation,
+    SiLUActivation,
+    Smooth,
+    SoftplusActivation,
+    TanhActivation,
+    TanhGELUActivation,
+)
 from lipjax.norms.estimates import Estimate, Given, RandomStarted, WarmStarted, whole_norms
 from lipjax.norms.power_iteration import (
     converged_norm,
     power_iteration,
 )
-from lipjax.reading.flax import from_flax
+from lipjax.reading.flax import from_flax, from_function
 from lipjax.reading.modules import ClippedMaxMin, ClippedReLU, MaxMin, Residual
 from lipjax.reading.readers import register
 from lipjax.training.losses import cross_entropy, gloro, mixed, sparsity, trades
@@ -71,6 +83,7 @@ __all__ = [
     "Bounds",
     "Certificate",
     "Certifier",
+    "ClipActivation",
     "ClippedMaxMin",
     "ClippedMaxMinActivation",
     "ClippedReLU",
@@ -79,11 +92,14 @@ __all__ = [
     "Conv",
     "Dataset",
     "Dense",
+    "ELUActivation",
     "Elementwise",
     "Estimate",
+    "GELUActivation",
     "Given",
     "Graph",
     "IdentityActivation",
+    "LeakyReLUActivation",
     "LinearMap",
     "MaxMin",
     "MaxMinActivation",
@@ -98,7 +114,13 @@ __all__ = [
     "Residual",
     "Rule",
     "Scale",
+    "SiLUActivation",
+    "SigmoidActivation",
+    "Smooth",
+    "SoftplusActivation",
     "Sum",
+    "TanhActivation",
+    "TanhGELUActivation",
     "WarmStarted",
     "__version__",
     "ascend",
@@ -115,6 +137,7 @@ __all__ = [
     "dual_margins",
     "evaluate",
     "from_flax",
+    "from_function",
     "full_row_norms",
     "global_lipschitz",
     "gloro",

@@ -7,6 +7,7 @@ from jax import Array
 
 UNIT64, UNIT32 = 2.0**-53, 2.0**-24
 SMALLEST64 = 2.0**-960  # far above what is flushed to zero in float64
+SMALLEST32 = 2.0**-126  # below it float32 results lose digits, or are flushed to zero
 
 
 def gamma(terms: int, unit: float) -> float:

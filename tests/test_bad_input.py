@@ -305,11 +305,11 @@ CASES = [
     ),
     case("no input_shape", lambda _: lipjax.from_flax(model()), "input_shape is missing", "input_shape=(28, 28, 1)"),
     case("another input_shape", lambda _: lipjax.from_flax(model(), (4,)), "(4,)", "takes 5 inputs"),
-    case("an unknown layer", lambda _: lipjax.from_flax(nnx.Sequential(nnx.gelu), (5,)), "gelu", "supported are"),
+    case("an unknown layer", lambda _: lipjax.from_flax(nnx.Sequential(jnp.sin), (5,)), "sin", "supported are"),
     case(
-        "no Sequential",
-        lambda _: lipjax.from_flax(nnx.Linear(5, 3, rngs=nnx.Rngs(0)), (5,)),
-        *("Sequential", "not Linear"),
+        "no module",
+        lambda _: lipjax.from_flax(jnp.tanh, (5,)),
+        *("flax.nnx or flax.linen", "from_function"),
     ),
 ]  # fmt: skip
 

@@ -30,7 +30,7 @@ MNIST = f"--config={ROOT / 'configs' / 'mnist_4c3f.py'}"
         ([DIGITS, "--config.schedule.ramp=1.5"], ["--config.schedule.ramp=1.5", "at most 1"]),
         ([DIGITS, "--config.schedule.warmup=0.9"], ["ramp=0.5", "warm-up"]),
         ([DIGITS, "--config.data.name=imagenet"], ["imagenet", "mnist"]),
-        ([DIGITS, "--config.model.activation=gelu"], ["gelu", "clipped_relu"]),
+        ([DIGITS, "--config.model.activation=sine"], ["sine", "clipped_relu"]),
         ([DIGITS, "--config.model.architecture=resnet"], ["resnet", "4c3f"]),
         ([DIGITS, "--config.method.loss=hinge"], ["hinge", "gloro"]),
         ([DIGITS, "--config.power_iteration.num_iters=0"], ["num_iters=0", "at least 1"]),

@@ -67,6 +67,7 @@ def terms(network, bounds, trace, label, rival):
 class Named:
     logits: float
     layers: float
+    activations: float
     sums: float
     products: float
     minimisers: float
@@ -109,6 +110,28 @@ def test_what_float32_rounds_in_a_layer_is_needed(behind):
         assert float(dual.value(wide(network), bounds, trace)) == pytest.approx(6)
         _, errors = terms(network, bounds, trace, 0, 1)
     assert needed(6 - float(np.add.accumulate(weights)[-1]), errors, "layers")
+
+
+def test_what_float32_rounds_in_an_activation_is_needed():
+    @jax.tree_util.register_dataclass
+    @dataclasses.dataclass(frozen=True)
+    class Off(IdentityActivation):
+        """Whose float32 is off by as much as it declares."""
+
+        def errors(self, lower, upper):
+            return jnp.full_like(lower, 0.5)
+
+    layer = dense(jnp.ones((1, 1)), jnp.zeros(1), (1,))
+    network = chain(layer, Off(), dense(jnp.asarray([[-2.0, 0.0]]), jnp.zeros(2), (1,)))
+    with jax.enable_x64(True):
+        bounds = bounded(network, np.ones(1, np.float32), 0.0)
+        above, errors = terms(network, bounds, passing_on(network, bounds, 0, 1), 0, 1)
+        (lower, upper), radius = (bound.item() for bound in bounds.features.box), bounds.features.radius.item()
+    assert above == pytest.approx(0, abs=1e-6)  # here it is not off; it may be by 0.5, and the logit by twice as much
+    assert needed(1.0, errors, "activations")
+    assert lower <= 0.5
+    assert upper >= 1.5
+    assert radius >= 0.5
 
 
 def test_what_float32_rounds_in_a_sum_over_a_skip_connection_is_needed():

@@ -14,6 +14,8 @@ from jax import Array
 
 from lipjax.bounds import rounding
 from lipjax.floating_point import SMALLEST64, UNIT64
+from lipjax.networks import masks
+from lipjax.networks.activations import Activation
 from lipjax.networks.graph import Network
 from lipjax.networks.layers import Affine
 from lipjax.networks.regions import Preactivation, Region
@@ -34,6 +36,14 @@ class Arithmetic:
     def moved(self, region: Region) -> Region:
         """A region whose radius was computed from others."""
         return region
+
+    def weights(self, rows: Array) -> Array:
+        """The weights of rows that norms are asked for, not less than they are."""
+        return rows
+
+    def activated(self, activation: Activation, before: Preactivation, after: Region) -> tuple[Region, Array | None]:
+        """The region behind an activation, and how far each output may be off; None where it rounds nothing."""
+        return after, None
 
     def sum(self, joined: Region, first: Region, second: Region) -> tuple[Region, Array]:
         """The region of a sum, and how far each entry may be off it."""
@@ -63,9 +73,20 @@ class Float32Inference(Arithmetic):
     def moved(self, region: Region) -> Region:
         return dataclasses.replace(region, radius=rounding.UP * region.ball)
 
+    def weights(self, rows: Array) -> Array:
+        return masks.rounded_up(rows)
+
+    def activated(self, activation: Activation, before: Preactivation, after: Region) -> tuple[Region, Array | None]:
+        errors = activation.errors(*before.box)
+        if errors is None:
+            return after, None
+        errors = jnp.broadcast_to(rounding.MORE * errors, after.center.shape)
+        widened = rounding.widen_by(after, errors)
+        return rounding.without_overflow(widened, jnp.abs(jnp.stack(widened.box))), errors
+
     def sum(self, joined: Region, first: Region, second: Region) -> tuple[Region, Array]:
         slack = rounding.sum_errors(joined, first, second)
-        widened = rounding.widen_sum(joined, slack)
+        widened = rounding.widen_by(joined, slack)
         return rounding.without_overflow(widened, jnp.abs(jnp.stack(widened.box))), slack
 
     def constant(self, network: Network, sigmas: Sequence[Array] | Array) -> Array:

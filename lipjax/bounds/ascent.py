@@ -22,6 +22,7 @@ from lipjax.bounds.propagation import Bounds
 from lipjax.networks.activations import Activation
 from lipjax.networks.graph import Network, Node
 from lipjax.networks.linear_maps import length
+from lipjax.networks.masks import kept, weighted
 from lipjax.networks.regions import Preactivation
 
 SLOPE_RATE, WEIGHT_RATE, LAST_RATE = 0.1, 0.05, 0.05  # of Adam; the last is the share that is left at the end
@@ -109,8 +110,7 @@ def start_slopes(network: Network, bounds: Bounds) -> tuple[Array, ...]:
     slopes = []
     in_order = (last[place] for place in sorted(last))
     for activation, before, is_last in zip(network.activations, bounds.before, in_order, strict=True):
-        on = activation.phase(boxed(before)) > 0
-        slopes.append(jnp.where(is_last, False, on).astype(before.center.dtype))
+        slopes.append(jnp.where(is_last, 0, activation.slopes(boxed(before))))
     return tuple(slopes)
 
 
@@ -143,7 +143,7 @@ def resume(network: Network, bounds: Bounds, label: Array, rival: Array, multipl
     ):
         known, c = boxed(before), coefficients.sum
         fed = activation.feeding(c)
-        on = (activation.phase(known) > 0).astype(c.dtype)
+        on = activation.slopes(known)
         squares = jnp.sum(fed**2, axis=0)
         missing = (g - jnp.sum(on * fed, axis=0)) / jnp.where(squares > 0, squares, 1)
         slopes.append(on + jnp.where(squares > 0, missing, 0)[None] * fed)
@@ -188,7 +188,7 @@ def finish(
 
     def choose(place: int, activation: Activation, c: Array, before: Preactivation) -> tuple[Array, Array]:
         g, _ = free(state.slopes, state.log_weights)(place, activation, c, before)
-        g = jnp.where(before.rows, g, 0)
+        g = weighted(kept(before.rows), g)
         return g, best_weight(activation, c, g, before)
 
     trace = pull(network, bounds, label, rival, choose)

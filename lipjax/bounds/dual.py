@@ -15,12 +15,11 @@ comes to one value from several is added up. At the input the margin is at least
 The minimum is a sum over neurons (over pairs for MaxMin), each in closed form: see ``Activation.minimum``. Proof of
 (1): let z' be z on M and zc elsewhere. Rows outside of M change no output over the box and have no multiplier, so both
 sides see the same values at z' as at z; z' is in the box; and ``||z' - zc|| <= r``. So every (g, mu) is a proof and
-ascent only makes it better.
+ascent only makes it better. With weights w of the rows, ``||w (z' - zc)|| <= r``: mu w^2 stands in place of mu.
 
 It is the Lagrangian dual of the verification problem, the layers' equations relaxed with the multipliers g (Dvijotham
-et al., UAI 2018; Bunel et al., UAI 2020), with the ball of every layer in it. With mu = 0 and the slopes of CROWN it
-is CROWN (Zhang et al., NeurIPS 2018); for ReLU without the box and with those slopes SDP-CROWN (Chiu et al., ICML
-2025).
+et al., UAI 2018; Bunel et al., UAI 2020), with the ball of every layer. With mu = 0 and CROWN's slopes it is CROWN
+(Zhang et al., NeurIPS 2018); for ReLU without the box and with those slopes SDP-CROWN (Chiu et al., ICML 2025).
 """
 
 from __future__ import annotations
@@ -40,6 +39,7 @@ from lipjax.networks.activations import Activation
 from lipjax.networks.graph import Network, Node, Sum
 from lipjax.networks.layers import Affine
 from lipjax.networks.linear_maps import length
+from lipjax.networks.masks import kept, weighted
 from lipjax.networks.regions import Preactivation
 
 SEARCH_STEPS, SEARCH_OCTAVES = 10, 20  # of a weight: halvings of an interval of so many powers of two
@@ -171,7 +171,7 @@ def pull(network: Network, bounds: Bounds, label: Array, rival: Array, choose: C
             number, before = known.pop()
             before = boxed(before)
             chosen, mu = choose(number, node.operation, coefficients.sum, before)
-            chosen = jnp.where(before.rows, chosen, 0)  # a row that does not matter may have no multiplier
+            chosen = weighted(kept(before.rows), chosen)  # a row that does not matter may have no multiplier
             c.append(coefficients)
             g.append(chosen)
             weight.append(mu)
@@ -198,7 +198,7 @@ def value(network: Network, bounds: Bounds, trace: Trace) -> Array:
     for activation, before, c, g, weight in zip(
         network.activations, bounds.before, trace.c, trace.g, trace.weight, strict=True
     ):
-        least, _ = activation.minimum(c.sum, g, weight, boxed(before))
+        least, _ = activation.minimum(c.sum, g, per_row(activation, weight, before), boxed(before))
         total = total + least
         if before.radius is not None:
             total = total - weight / 2 * before.radius**2
@@ -210,11 +210,17 @@ def value(network: Network, bounds: Bounds, trace: Trace) -> Array:
     return total + jnp.sum(trace.input.sum * region.center) + margins.least_product(trace.input.sum, region)
 
 
+def per_row(activation: Activation, weight: Array, before: Preactivation) -> Array:
+    """The mu of a ball as it meets each row: times the square of its weight, where the activation has weights."""
+    return weight * before.rows.astype(weight.dtype) ** 2 if activation.weighs else weight
+
+
 class Errors(NamedTuple):
     """What a computed value may be above the margin of the float32 network, term by term; see :func:`errors`."""
 
     logits: Array
     layers: Array
+    activations: Array
     sums: Array
     products: Array
     minimisers: Array
@@ -239,6 +245,7 @@ def errors(
     Returns:
         - ``logits``: those;
         - ``layers``: with an output of a layer off by e, ``<k, z>`` with its coefficients k is off by ``<k, e>``;
+        - ``activations``: likewise, with the coefficients of their outputs, for those that round something;
         - ``sums``: likewise, with the coefficients of the sum, not those of what it adds;
         - ``products``: 2 gamma_N T, for the sums of this evaluation, with T the sum of the magnitudes of the N products
           that are added. Minima are smaller than the products inside of them, which cancel;
@@ -255,16 +262,17 @@ def errors(
 
     of_layers, of_sums = off(trace.layers, bounds.slack.layers), off(trace.sums, bounds.slack.sums)
     input_size, zero = trace.input.size, jnp.zeros_like(trace.constant)
+    rounding = [(c, slack) for c, slack in zip(trace.c, bounds.slack.activations, strict=True) if slack is not None]
+    of_activations = off(*zip(*rounding, strict=True)) if rounding else zero
     total, minimisers, addends = jnp.abs(trace.constant), zero, 64 + 4 * input_size.size + len(network.nodes)
     for activation, before, c, g, weight in zip(
         network.activations, bounds.before, trace.c, trace.g, trace.weight, strict=True
     ):
         known = boxed(before)
         lower, upper = known.box
-        outputs = (jnp.abs(activation(bound)) for bound in (lower, upper))
         largest = jnp.maximum(jnp.abs(lower), jnp.abs(upper))
         width = jnp.maximum(upper - known.center, known.center - lower)
-        total += jnp.sum(c.size * jnp.maximum(*outputs)) + jnp.sum(jnp.abs(g) * largest)
+        total += jnp.sum(c.size * activation.largest(lower, upper)) + jnp.sum(jnp.abs(g) * largest)
         total += weight / 2 * (jnp.sum(width**2) + known.ball**2)
         minimisers += 256 * unit**2 * weight * jnp.sum(largest**2)
         addends += 4 * (c.size.size + g.size)
@@ -275,7 +283,7 @@ def errors(
     reach = jnp.abs(lower) + jnp.abs(upper)
     total += 2 * jnp.sum(input_size * reach) + 2 * bounds.input.ball * length(input_size)
     products = 2 * gamma(addends, unit) * total + addends * SMALLEST64
-    return Errors(logits, of_layers, of_sums, products, minimisers)
+    return Errors(logits, of_layers, of_activations, of_sums, products, minimisers)
 
 
 def boxed(before: Preactivation) -> Preactivation:
@@ -313,8 +321,9 @@ def best_weight(
     c, g, before = lax.stop_gradient((c, g, before))
 
     def outside(log_weight: Array) -> Array:
-        _, z = activation.minimum(c, g, jnp.exp2(log_weight), before)
-        return length(z - before.center) > before.ball
+        _, z = activation.minimum(c, g, per_row(activation, jnp.exp2(log_weight), before), before)
+        moved = z - before.center
+        return length(weighted(before.rows, moved) if activation.weighs else moved) > before.ball
 
     def halve(_: int, ends: tuple[Array, Array]) -> tuple[Array, Array]:
         low, high = ends

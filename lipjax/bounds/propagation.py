@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from lipjax.bounds.arithmetic import EXACT, Arithmetic
+from lipjax.networks import masks
 from lipjax.networks.activations import Activation
 from lipjax.networks.graph import Concatenation, Network, Node, Sum, check_network
 from lipjax.networks.layers import Affine, Shape
@@ -47,11 +48,13 @@ class Slack:
 
     Attributes:
         layers: per layer, how far each output may be off, and the dual's products with it per unit of a multiplier.
+        activations: per activation, how far each output may be off; None where it rounds nothing.
         sums: per sum, how far each entry may be off.
         logits: how far each logit may be off (classes,).
     """
 
     layers: tuple[Array, ...]
+    activations: tuple[Array | None, ...]
     sums: tuple[Array, ...]
     logits: Array
 
@@ -66,7 +69,7 @@ class Bounds:
         features: the region that contains the features of every input of the first region.
         before: what is known before each activation.
         live: per activation, boolean masks of its outputs that vary.
-        rows: per layer, the rows whose norms were asked for: those that matter to what comes behind.
+        rows: per layer, the rows whose norms were asked for: those that matter to what comes behind, or their weights.
         sigmas: norms of the masked layers (layers,).
         lipschitz: the constant of the feature map that follows: a bound of its local Lipschitz constant over the
             region, as good as the norms are. Ones where the pass had no ball.
@@ -111,7 +114,8 @@ def propagate(
     - center <- W center + b;
     - box <- [mid - r, mid + r] with mid = W (upper + lower) / 2 + b, r = |W| (upper - lower) / 2, cut to
       center +- radius ||W_i I|| [H21 Eq 21-23];
-    - sigma = ||I_out W I||, radius <- radius sigma [H21 Eq 6], then the activation.
+    - sigma = ||I_out W I||, radius <- radius sigma [H21 Eq 6], then the activation; where that has weights of its rows,
+      they stand in place of I_out.
 
     Boxes and balls of sums add up; the ball of a concatenation has the root of the sum of the squared radii.
 
@@ -143,7 +147,7 @@ def propagate(
     if region.center.shape[1:] != network.input_shape:
         expected = ", ".join(map(str, ("B", *network.input_shape)))
         raise ValueError(f"the region has shape {region.center.shape}; expected that of a batch ({expected})")
-    before, live, asked, sigmas, handed_back, of_layers, of_sums = ([] for _ in range(7))
+    before, live, asked, sigmas, handed_back, of_layers, of_activations, of_sums = ([] for _ in range(8))
     readers, has_ball = network.readers, region.radius is not None
 
     def affine(place: int, node: Node, value: Region) -> Preactivation:
@@ -168,7 +172,8 @@ def propagate(
         if isinstance(node.operation, Affine):
             return affine(place, node, _region(values[0]))
         if isinstance(node.operation, Activation):
-            found, after = _activated(node.operation, values[0], node.arranged[0], arithmetic)
+            found, after, slack = _activated(node.operation, values[0], node.arranged[0], arithmetic)
+            of_activations.append(slack)
             before.append(found)
             live.append(after.live)
             return after
@@ -185,7 +190,7 @@ def propagate(
     table = jnp.stack(stacked, axis=-1) if sigmas else jnp.ones((*features.finite.shape, 0), features.center.dtype)
     constant = jnp.asarray(arithmetic.constant(network, stacked), table.dtype)
     lipschitz = jnp.broadcast_to(constant, features.finite.shape)
-    slack = Slack(tuple(of_layers), tuple(of_sums), logits)
+    slack = Slack(tuple(of_layers), tuple(of_activations), tuple(of_sums), logits)
     masks = tuple(before), tuple(live), tuple(asked)
     return Bounds(region, features, *masks, table, lipschitz, slack, tuple(handed_back))
 
@@ -211,8 +216,8 @@ def _boxed(
         entering = region.reshape(layer.in_shape)
         found, slack = arithmetic.outputs(layer, _box_behind(layer, entering, row_norms), entering)
         if behind and found.lower is not None:
-            each = (_rows(each, found.reshape(shape)) for each, shape in zip(behind, shapes, strict=True))
-            rows = functools.reduce(jnp.logical_or, (rows.reshape(layer.out_shape) for rows in each))
+            each = (_rows(each, found.reshape(shape), arithmetic) for each, shape in zip(behind, shapes, strict=True))
+            rows = functools.reduce(masks.either, (rows.reshape(layer.out_shape) for rows in each))
             found = dataclasses.replace(found, rows=rows)
         return found, entering, slack
 
@@ -232,11 +237,12 @@ def _box_behind(layer: Affine, region: Region, row_norms: RowNorms) -> Preactiva
     return Preactivation(lower, upper, center, jnp.ones(center.shape, bool), None, finite)
 
 
-def _rows(activation: Activation, before: Preactivation) -> Array:
-    """The rows that matter to an activation; all of them where there is no box."""
+def _rows(activation: Activation, before: Preactivation, arithmetic: Arithmetic) -> Array:
+    """The rows that matter to an activation, or their weights; all of them where there is no box."""
     if before.lower is None or before.upper is None:
         return before.rows
-    return activation.live_rows(before.lower, before.upper)
+    rows = activation.row_weights(before.lower, before.upper)
+    return arithmetic.weights(rows) if activation.weighs else rows
 
 
 @functools.partial(jax.jit, static_argnames="arithmetic")
@@ -255,31 +261,34 @@ def _balled(
 @functools.partial(jax.jit, static_argnames=("shape", "arithmetic"))
 def _activated(
     activation: Activation, value: Region | Preactivation, shape: Shape, arithmetic: Arithmetic
-) -> tuple[Preactivation, Region]:
-    """What is known before an activation, and the regions after it."""
+) -> tuple[Preactivation, Region, Array | None]:
+    """What is known before an activation, the regions after it, and how far their entries may be off."""
 
-    def one(value: Region | Preactivation) -> tuple[Preactivation, Region]:
+    def one(value: Region | Preactivation) -> tuple[Preactivation, Region, Array | None]:
         if isinstance(value, Region):
             every = jnp.ones(value.center.shape, bool)
             value = Preactivation(value.lower, value.upper, value.center, every, value.radius, value.finite)
         before = value.reshape(shape)
-        before = dataclasses.replace(before, rows=before.rows & _rows(activation, before))
-        return before, _after(activation, before, arithmetic)
+        # The ball is one of the rows, or weights, that all activations behind the layer asked for; of less it is true.
+        before = dataclasses.replace(before, rows=masks.both(before.rows, _rows(activation, before, arithmetic)))
+        return before, *_after(activation, before, arithmetic)
 
     return jax.vmap(one)(value)
 
 
-def _after(activation: Activation, before: Preactivation, arithmetic: Arithmetic) -> Region:
-    """The region after an activation, of one example."""
+def _after(activation: Activation, before: Preactivation, arithmetic: Arithmetic) -> tuple[Region, Array | None]:
+    """The region after an activation, of one example, and how far its entries may be off."""
     center, lower, upper = activation(before.center), None, None
     radius = None if before.radius is None else before.radius * activation.lipschitz
     finite = before.finite & all_finite(center, radius)
     live = jnp.ones(center.shape, bool)
     if before.lower is not None and before.upper is not None:
-        lower, upper = activation(before.lower), activation(before.upper)
+        lower, upper = activation.box(before.lower, before.upper)
         live = activation.live_outputs(before.lower, before.upper)
     region = Region(lower, upper, center, radius, live, finite)
-    return region if radius is None else arithmetic.moved(region)
+    if radius is None or lower is None:
+        return region, None
+    return arithmetic.activated(activation, before, arithmetic.moved(region))
 
 
 @functools.partial(jax.jit, static_argnames=("shape", "arithmetic"))
@@ -337,4 +346,4 @@ def _region(value: Region | Preactivation) -> Region:
     """The region of a value that all of its readers take whole: every row of its layer matters, and can vary."""
     if isinstance(value, Region):
         return value
-    return Region(value.lower, value.upper, value.center, value.radius, value.rows, value.finite)
+    return Region(value.lower, value.upper, value.center, value.radius, masks.kept(value.rows), value.finite)

@@ -17,10 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from lipjax.floating_point import SMALLEST64, UNIT32, UNIT64, gamma
+from lipjax.floating_point import SMALLEST32, SMALLEST64, UNIT32, UNIT64, gamma
 from lipjax.networks.graph import Network
 from lipjax.networks.layers import Affine
 from lipjax.networks.linear_maps import length
+from lipjax.networks.masks import weighted
 from lipjax.networks.regions import Preactivation, Region
 
 Same = TypeVar("Same", Region, Preactivation)
@@ -28,7 +29,6 @@ Same = TypeVar("Same", Region, Preactivation)
 MORE = 1 + 1e-3  # leaves room for the same errors in float64, which are smaller by 2^-29
 UP = 1 + 2.0**-40  # what a few operations of float64 may round down
 LARGEST32 = 2.0**126  # a fourth of the largest float32 number
-SMALLEST32 = 2.0**-126  # below it float32 results lose digits, or are flushed to zero
 
 
 def check_range(network: Network) -> None:
@@ -103,10 +103,10 @@ def error_norm(layer: Affine, entering: Region, rows: Array) -> Array:
     Args:
         layer: the affine layer; activations after it are exact.
         entering: the region before it.
-        rows: which outputs matter, boolean (out_shape).
+        rows: which outputs matter, boolean, or their weights, at most 1 (out_shape).
     """
-    around = length(jnp.where(rows, _around(layer, entering), 0)) + layer.absolute_norm() * entering.ball
-    each, tiny = (length(jnp.where(rows, some(layer, entering), 0)) for some in (output_errors, _flushed))
+    around = length(weighted(rows, _around(layer, entering))) + layer.absolute_norm() * entering.ball
+    each, tiny = (length(weighted(rows, some(layer, entering))) for some in (output_errors, _flushed))
     return jnp.minimum(each, _relative(layer) * around + tiny)
 
 
@@ -154,16 +154,16 @@ def sum_errors(joined: Region, *addends: Region) -> Array:
     return jnp.where(slack == 0, 0, slack + 2 * SMALLEST32)
 
 
-def widen_sum(joined: Region, slack: Array) -> Region:
-    """The region of a sum, box and ball widened by :func:`sum_errors`.
+def widen_by(region: Region, slack: Array) -> Region:
+    """The region of what is computed entry by entry, a sum or an activation, box and ball widened by what is rounded.
 
-    A sum of two constants is one, but not the same in float32 and in exact arithmetic: unless both are zero, it counts
-    as varying.
+    A constant is one in float32 and in exact arithmetic, but not the same: unless nothing is rounded, it counts as
+    varying.
     """
-    lower, upper = joined.box
-    radius = UP * (joined.ball + length(slack))
-    live = joined.live | ~(slack == 0)
-    return dataclasses.replace(joined, lower=lower - slack, upper=upper + slack, radius=radius, live=live)
+    lower, upper = region.box
+    radius = UP * (region.ball + length(slack))
+    live = region.live | ~(slack == 0)
+    return dataclasses.replace(region, lower=lower - slack, upper=upper + slack, radius=radius, live=live)
 
 
 def logit_errors(head: Affine, features: Region) -> Array:

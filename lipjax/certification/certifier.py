@@ -21,7 +21,7 @@ from lipjax.bounds.propagation import Bounds
 from lipjax.certification.certificates import Certificate, certificate
 from lipjax.certification.checks import check_batch, check_labels, check_start_key
 from lipjax.certification.ledger import Ledger
-from lipjax.certification.masks import Rows
+from lipjax.certification.packing import Rows
 from lipjax.certification.pairs import Ascent, Starts, proven_margins
 from lipjax.moved import look_up_method
 from lipjax.networks.graph import Network, check_network

@@ -10,7 +10,7 @@ from jax import Array
 
 from lipjax.certification.certificates import Certificate
 from lipjax.certification.certifier import Certification, Certifier
-from lipjax.certification.masks import all_rows, rows_to_bits
+from lipjax.certification.packing import all_rows, pack
 
 NAME_LENGTH = 32  # of a stage, at most
 
@@ -42,7 +42,7 @@ class Evidence:
         seconds: of all stages that saw it (N,).
         local: it was bounded with norms of its own (N,).
         sigmas: the least norms that are known (N, layers).
-        rows: the rows that these are norms of, as bits (N, bytes).
+        rows: the rows that these are norms of, or their weights, packed (N, bytes).
         live: share of varying neurons behind each activation (N, activations).
         norm_products: products that each norm took (N, layers).
         radius: certified radii (N,), where they were asked for.
@@ -132,7 +132,7 @@ def no_evidence(certifier: Certifier, label: np.ndarray, image_shape: tuple[int,
         seconds=zeros(count),
         local=false(count),
         sigmas=np.tile(certifier.sigmas, (count, 1)),
-        rows=np.tile(rows_to_bits(all_rows(network, 1)), (count, 1)),
+        rows=np.tile(pack(all_rows(network, 1)), (count, 1)),
         live=zeros((count, len(network.activations))),
         norm_products=zeros((count, len(network.layers))),
         radius=zeros(count),

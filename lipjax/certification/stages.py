@@ -15,7 +15,7 @@ import numpy as np
 
 from lipjax.certification.certifier import Certifier
 from lipjax.certification.evidence import NAME_LENGTH, Evidence, Examples
-from lipjax.certification.masks import rows_from_bits, rows_to_bits
+from lipjax.certification.packing import pack, unpack
 from lipjax.certification.pairs import Ascent
 from lipjax.norms.cohorts import Claim
 
@@ -218,7 +218,7 @@ class Local(Bounding):
         evidence.products[places] += found.products[:count].sum(axis=1)
         evidence.live[places], evidence.norm_products[places] = found.live[:count], found.products[:count]
         evidence.sigmas[places], evidence.local[places] = found.sigmas[:count], True
-        evidence.rows[places] = rows_to_bits(found.rows)[:count]
+        evidence.rows[places] = pack(found.rows)[:count]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -239,7 +239,7 @@ class Dual(Bounding):
         found = certifier.by_dual(
             *(batch.x, batch.label, self.radius(batch)),
             sigmas=evidence.sigmas[batch.index],
-            rows=rows_from_bits(certifier.network, evidence.rows[batch.index]),
+            rows=unpack(certifier.network, evidence.rows[batch.index]),
             options=self.options,
             asked=asked,
         )

@@ -47,7 +47,14 @@ ARCHITECTURES: dict[str, tuple[C | F, ...]] = {
     "small_cnn": (C(16, 3, 1, 1), C(32, 4, 2, 1), F(64)),
     "mlp": (F(256), F(256)),
 }
-ACTIVATIONS = ("relu", "clipped_relu", "maxmin", "clipped_maxmin")
+
+# Functions by name; PReLU, ClippedReLU and the pairs have parameters or take pairs of channels, and are modules.
+FUNCTIONS = {
+    **{"relu": nnx.relu, "relu6": nnx.relu6, "leaky_relu": nnx.leaky_relu, "abs": jnp.abs, "hard_tanh": nnx.hard_tanh},
+    **{"tanh": nnx.tanh, "sigmoid": nnx.sigmoid, "softplus": nnx.softplus, "elu": nnx.elu, "silu": nnx.silu},
+    "gelu": nnx.gelu,
+}
+ACTIVATIONS = (*FUNCTIONS, "prelu", "clipped_relu", "maxmin", "clipped_maxmin")
 Clips = tuple[float, ...]  # one value for all hidden layers, or one for each
 
 
@@ -105,8 +112,10 @@ def classifier(
                 modules.append(flatten)
             modules.append(_linear(math.prod(shape), spec.width, rngs))
             shape = (spec.width,)
-        if activation == "relu":
-            modules.append(nnx.relu)
+        if activation in FUNCTIONS:
+            modules.append(FUNCTIONS[activation])
+        elif activation == "prelu":
+            modules.append(nnx.PReLU())
         elif activation == "clipped_relu":
             modules.append(ClippedReLU(shape, theta))
         elif activation == "maxmin":

@@ -2,18 +2,21 @@
 
 An activation sees one example; callers ``vmap``. A new one is its call, :meth:`Activation.live_rows` and
 :meth:`Activation.live_outputs`, and for the dual :meth:`Activation.minimum`; one that acts on each entry and is linear
-piece by piece has its minimum from :meth:`Elementwise.pieces`.
+piece by piece has its minimum from :meth:`Elementwise.pieces`. One that is not monotone has a :meth:`Activation.box` of
+its own; one whose slope is small on some boxes, but not zero, has :meth:`Activation.row_weights` in place of a mask.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from lipjax.floating_point import SMALLEST32, UNIT32, highest
 from lipjax.networks.pieces import Piece, least, lowest
 from lipjax.networks.regions import Known
 
@@ -22,15 +25,25 @@ activation = functools.partial(dataclasses.dataclass, frozen=True)
 
 @activation
 class Activation:
-    """An activation that is monotone in each coordinate, so that a box maps corner to corner, and Lipschitz."""
+    """An activation that is Lipschitz, and as a rule monotone in each coordinate.
+
+    Attributes:
+        weighs: whether :meth:`row_weights` gives weights, floating-point, and not a mask.
+    """
+
+    weighs: ClassVar[bool] = False
 
     @property
-    def lipschitz(self) -> float:
+    def lipschitz(self) -> Array | float:
         """Its Lipschitz constant in the l2 norm, rounded up."""
         return 1.0
 
     def __call__(self, z: Array) -> Array:
         raise NotImplementedError
+
+    def box(self, lower: Array, upper: Array) -> tuple[Array, Array]:
+        """A box that contains the outputs over a box: for a monotone activation, what it maps the corners to."""
+        return self(lower), self(upper)
 
     def live_rows(self, lower: Array, upper: Array) -> Array:
         """The rows of the layer before that matter, all unless an activation knows better.
@@ -38,6 +51,23 @@ class Activation:
         All others can be dropped without changing any output.
         """
         return jnp.ones(lower.shape, bool)
+
+    def row_weights(self, lower: Array, upper: Array) -> Array:
+        """How much each row of the layer before matters: the mask :meth:`live_rows`, or weights from 0 to 1.
+
+        With weights w, ``||s(z) - s(z')|| <= lipschitz ||w (z - z')||`` for any two points of the box: for an
+        activation that acts on each entry, the largest magnitude of its slope there over :attr:`lipschitz`. A row of
+        weight 0 changes no output.
+        """
+        return self.live_rows(lower, upper)
+
+    def errors(self, lower: Array, upper: Array) -> Array | None:
+        """How far each float32 output may be from the exact one for the same input anywhere in a box; None: exact."""
+        return None
+
+    def largest(self, lower: Array, upper: Array) -> Array:
+        """For each output: nothing that :meth:`minimum` adds up to it on a box has a larger magnitude."""
+        return jnp.maximum(*map(jnp.abs, self.box(lower, upper)))
 
     def live_outputs(self, lower: Array, upper: Array) -> Array:
         """The outputs that vary over the box, all unless an activation knows better, shaped like the output.
@@ -55,7 +85,7 @@ class Activation:
         Args:
             c: coefficients of the outputs, shaped like them.
             g: coefficients of the pre-activations, shaped like them.
-            weight: scalar, at least 0; 0 is the linear case.
+            weight: at least 0, scalar; or one per row where the activation has weights of rows; 0 is the linear case.
             region: what is known before the activation, of one example; its box must contain its center.
 
         Returns:
@@ -89,6 +119,10 @@ class Activation:
         Positive where the slope at the center is 1, negative where it is 0.
         """
         return jnp.ones((1, *region.center.shape), region.center.dtype)
+
+    def slopes(self, region: Known) -> Array:
+        """Which share of each output that it feeds a row passes on at the center, shaped like :meth:`feeding`."""
+        return (self.phase(region) > 0).astype(region.center.dtype)
 
 
 # The masks below define DEAD and negate it: a comparison with NaN is false, so a NaN bound comes out live.
@@ -186,6 +220,84 @@ class ClippedReLUActivation(Elementwise):
 
     def phase(self, region: Known) -> Array:
         return (jnp.minimum(region.center, self.theta - region.center) / _width(region))[None]
+
+
+@jax.tree_util.register_dataclass
+@activation
+class ClipActivation(Elementwise):
+    """``min(max(z, low), high)``: hard tanh, ReLU6, and a maximum or a minimum with constants.
+
+    Attributes:
+        low: broadcasts to the activation; minus infinity where there is none.
+        high: likewise, or infinity.
+    """
+
+    low: Array
+    high: Array
+
+    def __call__(self, z: Array) -> Array:
+        return jnp.minimum(jnp.maximum(z, self.low.astype(z.dtype)), self.high.astype(z.dtype))
+
+    def live_rows(self, lower: Array, upper: Array) -> Array:
+        return ~((upper <= self.low) | (lower >= self.high) | (self.low >= self.high))
+
+    live_outputs = live_rows
+
+    def pieces(self) -> tuple[Piece, ...]:
+        low = jnp.minimum(self.low, self.high)
+        return Piece(0, low, -jnp.inf, low), Piece(1, 0, low, self.high), Piece(0, self.high, self.high, jnp.inf)
+
+    def phase(self, region: Known) -> Array:
+        lower, upper = region.box
+        inside = jnp.minimum(region.center - self.low, self.high - region.center)
+        return (jnp.minimum(inside, upper - lower) / jnp.maximum(upper - lower, 1e-12))[None]
+
+
+@jax.tree_util.register_dataclass
+@activation
+class LeakyReLUActivation(Elementwise):
+    """``z`` for z >= 0, else ``slope z``: leaky ReLU, PReLU with its slopes, and the absolute value with slope -1.
+
+    A row whose neuron is below 0 on the whole box counts by the slope.
+
+    Attributes:
+        slope: broadcasts to the activation.
+    """
+
+    weighs: ClassVar[bool] = True
+
+    slope: Array
+
+    @property
+    def lipschitz(self) -> Array:
+        return jnp.maximum(highest(jnp.abs(self.slope).ravel()), 1)
+
+    def __call__(self, z: Array) -> Array:
+        return jnp.where(z >= 0, z, self.slope.astype(z.dtype) * z)
+
+    def box(self, lower: Array, upper: Array) -> tuple[Array, Array]:
+        ends = [self(bound) for bound in (lower, upper, jnp.clip(jnp.zeros_like(lower), lower, upper))]
+        return functools.reduce(jnp.minimum, ends), functools.reduce(jnp.maximum, ends)
+
+    def row_weights(self, lower: Array, upper: Array) -> Array:
+        below = jnp.where(lower >= 0, 0, jnp.abs(self.slope))
+        return jnp.maximum(below, jnp.where(upper <= 0, jnp.zeros_like(upper), 1)) / self.lipschitz
+
+    def live_outputs(self, lower: Array, upper: Array) -> Array:
+        return ~((upper <= 0) & (self.slope == 0))
+
+    def errors(self, lower: Array, upper: Array) -> Array:
+        rounded = jnp.where(jnp.abs(self.slope) == 1, 0, UNIT32 * jnp.abs(self.slope)) * jnp.maximum(-lower, 0)
+        return jnp.where((self.slope == 0) | (lower >= 0), 0, 2 * (rounded + SMALLEST32))
+
+    def pieces(self) -> tuple[Piece, ...]:
+        return Piece(self.slope, 0, -jnp.inf, 0), Piece(jnp.ones_like(self.slope), 0, 0, jnp.inf)
+
+    def phase(self, region: Known) -> Array:
+        return (region.center / _width(region))[None]
+
+    def slopes(self, region: Known) -> Array:
+        return jnp.where(region.center > 0, jnp.ones_like(region.center), self.slope)[None]
 
 
 def _width(region: Known) -> Array:

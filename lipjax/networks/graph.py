@@ -122,6 +122,17 @@ class Network:
                 found[source].append(place)
         return tuple(map(tuple, found))
 
+    @property
+    def weighs(self) -> tuple[bool, ...]:
+        """For each layer whether its rows have weights: activations alone take it, and one of them has weights."""
+        found = []
+        for place, node in enumerate(self.nodes):
+            if isinstance(node.operation, Affine):
+                behind = [self.nodes[reader].operation for reader in self.readers[place]]
+                only = bool(behind) and all(isinstance(each, Activation) for each in behind)
+                found.append(only and any(each.weighs for each in behind if isinstance(each, Activation)))
+        return tuple(found)
+
     def __call__(self, x: Array) -> Array:
         """Logits (B, classes) of a batch x (B, ...)."""
         return jax.vmap(self.logits)(x)
@@ -228,6 +239,7 @@ class Graph:
 
     def __init__(self, input_shape: Shape) -> None:
         self.nodes = [Node(Input(), shape=tuple(input_shape))]
+        self.settled: dict[int, tuple[Any, Any]] = {}  # what readers have made nodes of, by identity
 
     def shape(self, place: int) -> Shape:
         """Shape of the value of a node, for one example."""

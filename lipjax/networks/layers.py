@@ -22,6 +22,7 @@ from jax import Array
 from lipjax.floating_point import highest
 from lipjax.networks.convolutions import Padding, Pair, conv, conv_transpose, transpose_kernel
 from lipjax.networks.linear_maps import LinearMap
+from lipjax.networks.masks import weighted
 
 Shape = tuple[int, ...]
 layer = functools.partial(dataclasses.dataclass, frozen=True, kw_only=True)
@@ -274,7 +275,7 @@ class Scale(Bilinear):
         return lambda z: self.kernel * z
 
     def known_norm(self, rows: Array, columns: Array) -> Array:
-        return highest(jnp.where(rows & columns, jnp.abs(self.kernel), 0).ravel())
+        return highest(weighted(rows, weighted(columns, jnp.abs(self.kernel))).ravel())
 
 
 def identity(shape: Shape, dtype: Any = jnp.float32) -> Scale:

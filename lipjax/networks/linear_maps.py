@@ -10,6 +10,8 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array, lax
 
+from lipjax.networks.masks import kept, weighted
+
 
 @dataclasses.dataclass(frozen=True)
 class LinearMap:
@@ -21,8 +23,8 @@ class LinearMap:
         in_shape: shape of the input side.
         out_shape: shape of the output side.
         dtype: type of the vectors.
-        in_mask: boolean, the columns that are kept, or None for all.
-        out_mask: boolean, the rows that are kept, or None for all.
+        in_mask: boolean, the columns that are kept, or weights of them; or None for all.
+        out_mask: boolean, the rows that are kept, or weights of them; or None for all.
     """
 
     matvec: Callable[[Array], Array]
@@ -34,10 +36,10 @@ class LinearMap:
     out_mask: Array | None = None
 
     def masked(self, out_mask: Array, in_mask: Array) -> LinearMap:
-        """``I_out W I_in``: the rows and the columns outside the boolean masks dropped."""
+        """``I_out W I_in``: the rows and the columns outside of the masks dropped, or multiplied by their weights."""
         return LinearMap(
-            lambda a: _select(out_mask, self.matvec(_select(in_mask, a))),
-            lambda z: _select(in_mask, self.rmatvec(_select(out_mask, z))),
+            lambda a: weighted(out_mask, self.matvec(weighted(in_mask, a))),
+            lambda z: weighted(in_mask, self.rmatvec(weighted(out_mask, z))),
             self.in_shape,
             self.out_shape,
             self.dtype,
@@ -60,8 +62,8 @@ class LinearMap:
 
     def image(self, vector: Array) -> Array:
         """``W u`` for the unit vector u along the kept part of ``vector``; zero for no vector. No gradient."""
-        kept = vector if self.in_mask is None else _select(self.in_mask, vector)
-        return lax.stop_gradient(self.matvec(unit(kept)))
+        part = vector if self.in_mask is None else weighted(kept(self.in_mask), vector)
+        return lax.stop_gradient(self.matvec(unit(part)))
 
 
 def length(vector: Array) -> Array:
@@ -83,7 +85,3 @@ def unit(vector: Array) -> Array:
     scaled = vector / jnp.where(largest == 0, 1, largest)
     square = jnp.sum(scaled**2)
     return scaled * lax.rsqrt(jnp.where(largest == 0, 1, square))
-
-
-def _select(mask: Array, vector: Array) -> Array:
-    return jnp.where(mask, vector, jnp.zeros_like(vector))

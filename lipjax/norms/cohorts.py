@@ -17,6 +17,7 @@ from jax import Array
 
 from lipjax.networks.layers import Affine
 from lipjax.networks.linear_maps import LinearMap
+from lipjax.networks.masks import drops_nothing
 from lipjax.norms import power_iteration
 from lipjax.norms.starts import random_start
 
@@ -61,8 +62,8 @@ class MaskedLayer:
 
     Attributes:
         layer: W.
-        rows: that are kept (N, ...).
-        columns: that are kept (N, ...).
+        rows: that are kept, boolean, or their weights (N, ...).
+        columns: likewise (N, ...).
         keys: of the start of each example (N,), or None for solvers that draw none.
         place: of the layer among those of its network, an integer; starts depend on it as well.
     """
@@ -261,6 +262,6 @@ def _masked_places(masked: MaskedLayer, ceiling: np.ndarray, only: np.ndarray | 
     """The places, of some or all, where something is masked, or no ceiling is known."""
     nothing_masked = np.ones(len(masked), bool)
     for mask in (masked.rows, masked.columns):
-        nothing_masked &= np.asarray(jnp.all(mask, axis=tuple(range(1, mask.ndim))))
+        nothing_masked &= np.asarray(drops_nothing(mask))
     places = np.flatnonzero(~(nothing_masked & np.isfinite(ceiling)))
     return places if only is None else np.intersect1d(places, only)

@@ -14,6 +14,7 @@ from jax import Array
 from lipjax.floating_point import UNIT64, gamma, highest
 from lipjax.networks.layers import Affine
 from lipjax.networks.linear_maps import LinearMap
+from lipjax.networks.masks import weighted
 
 
 def gram_norm(linear_map: LinearMap, terms: int) -> Array:
@@ -33,7 +34,7 @@ def gram_norm(linear_map: LinearMap, terms: int) -> Array:
 
     gram = jax.vmap(column)(jnp.eye(n, dtype=linear_map.dtype))
     square = jnp.trace(gram) * (1 + n * 2 * UNIT64)
-    slack = (gamma(2 * terms + n + 8, UNIT64) + 10 * n * UNIT64) * square
+    slack = (gamma(2 * terms + n + 10, UNIT64) + 10 * n * UNIT64) * square
     largest = jnp.linalg.eigvalsh((gram + gram.T) / 2)[-1]
     return jnp.sqrt(jnp.maximum(largest, 0) + slack) * (1 + 4 * UNIT64)
 
@@ -44,10 +45,10 @@ def schur_norm(layer: Affine, scale: Array | float, rows: Array, columns: Array)
     Args:
         layer: with the matrix W.
         scale: a power of two.
-        rows: that are kept, boolean (out_shape).
-        columns: that are kept, boolean (in_shape).
+        rows: that are kept, boolean, or their weights (out_shape).
+        columns: likewise (in_shape).
     """
-    row_sums = jnp.where(rows, layer.absolute(columns.astype(layer.dtype)) / scale, 0)
-    column_sums = jnp.where(columns, layer.absolute_adjoint(rows.astype(layer.dtype)) / scale, 0)
+    row_sums = weighted(rows, layer.absolute(columns.astype(layer.dtype)) / scale)
+    column_sums = weighted(columns, layer.absolute_adjoint(rows.astype(layer.dtype)) / scale)
     terms = max(layer.terms, layer.adjoint_terms) + 8
     return jnp.sqrt(highest(row_sums) * highest(column_sums)) * (1 + gamma(terms, UNIT64))

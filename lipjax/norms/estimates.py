@@ -16,6 +16,7 @@ from jax import Array
 
 from lipjax.networks.layers import Affine
 from lipjax.networks.linear_maps import LinearMap
+from lipjax.networks.masks import drops_nothing
 from lipjax.norms import power_iteration
 from lipjax.norms.starts import random_start
 
@@ -48,7 +49,7 @@ class Estimate:
         sigma, iterations = _each(layer, rows, columns, one, lambda _: jnp.int32(0), _keys(self.key, rows))
         if self.ceilings is not None:
             ceiling = self.ceilings[place]
-            masked = ~jnp.all(rows, tuple(range(1, rows.ndim))) | ~jnp.all(columns, tuple(range(1, columns.ndim)))
+            masked = ~(drops_nothing(rows) & drops_nothing(columns))
             sigma = jnp.where(masked, jnp.minimum(sigma, ceiling), ceiling)
         return sigma, iterations
 

@@ -17,6 +17,7 @@ from jax import Array, lax
 
 from lipjax.floating_point import UNIT64, gamma, highest
 from lipjax.networks.layers import Affine, Bilinear
+from lipjax.networks.masks import kept
 from lipjax.norms import deterministic, lanczos, power_iteration
 from lipjax.norms.cohorts import Claim, Enclosure, MaskedLayer, Solver
 
@@ -228,7 +229,7 @@ def _product_rounding(masked: MaskedLayer) -> Array:
     layer, count = masked.layer, len(masked)
     if isinstance(layer, Bilinear):
         return jnp.zeros(count, layer.dtype)
-    row_left, column_left = (jnp.any(mask.reshape(count, -1), axis=1) for mask in (masked.rows, masked.columns))
+    row_left, column_left = (jnp.any(kept(mask).reshape(count, -1), axis=1) for mask in (masked.rows, masked.columns))
     share = gamma(2 * (layer.terms + layer.adjoint_terms), UNIT64)
     return jnp.where(row_left & column_left, share * layer.absolute_norm(), 0)
 

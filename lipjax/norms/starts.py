@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from lipjax.networks.linear_maps import LinearMap, unit
+from lipjax.networks.masks import kept
 
 
 def key_of_whole(key: Array) -> Array:
@@ -27,4 +28,4 @@ def keys_of_examples(key: Array, index: Array, round_: int = 0) -> Array:
 def random_start(key: Array, place: Array | int, linear_map: LinearMap) -> Array:
     """A unit vector of uniform direction on the live coordinates of the input side, for the layer at a place."""
     start = jax.random.normal(jax.random.fold_in(key, place), linear_map.in_shape, linear_map.dtype)
-    return unit(start if linear_map.in_mask is None else jnp.where(linear_map.in_mask, start, 0))
+    return unit(start if linear_map.in_mask is None else jnp.where(kept(linear_map.in_mask), start, 0))

@@ -1,4 +1,4 @@
-"""Reading Flax models: an NNX or Linen ``Sequential`` becomes a network that bounds can be computed for."""
+"""Reading models: a module of Flax, or any function of JAX, becomes a network that bounds can be computed for."""
 
 from __future__ import annotations
 
@@ -21,22 +21,23 @@ TOLERANCE = 1e-3
 
 
 def from_flax(
-    model: nnx.Sequential | nn.Sequential,
+    model: nnx.Module | nn.Module,
     variables: Mapping[str, Any] | tuple[int, ...] | None = None,
     input_shape: tuple[int, ...] | None = None,
 ) -> Network:
-    """Read a Flax ``Sequential`` classifier, of NNX or Linen, as a :class:`lipjax.Network`.
+    """Read a classifier of Flax, a module of NNX or Linen, as a :class:`lipjax.Network`.
 
     May be called inside a traced function: then the network's arrays are the traced parameters, and gradients with
     respect to the Flax parameters come out as usual. Where the parameters are known, the network is compared with the
     model on random inputs.
 
     Args:
-        model: layers and functions applied in order; the last one must be dense. Supported: 2-D convolutions with
-            strides, zero padding, dilation and feature groups; dense layers; batch norm in inference mode, per-channel
-            normalisation and other shifts and scales; average and max pooling; ``nnx.relu``, ``jax.nn.relu``,
-            ``lipjax.reading.modules.ClippedReLU``, ``MaxMin`` and ``ClippedMaxMin``; ``lipjax.Residual``; C-order
-            reshapes.
+        model: any module that takes a batch and gives logits; the last operation must be affine. A ``Sequential`` is
+            read element by element; what is not known as a whole is traced, and its jaxpr is read. Supported: dense
+            layers, convolutions (1-D and 2-D), products with constants, batch norm in inference mode, sums,
+            differences and concatenations of branches, everything that moves entries (reshapes, transposes, slices,
+            padding), sums and means over axes, average and max pooling; the activations of ``jax.nn`` (see
+            ``lipjax.reading.activations``), clips, and the modules of lipjax.
         variables: of a Linen model, with ``params`` and, for batch norm, ``batch_stats``. Not for NNX.
         input_shape: shape of one input without the batch axis, images as (H, W, C).
 
@@ -44,7 +45,8 @@ def from_flax(
         A network that computes what the model does.
 
     Raises:
-        TypeError: a layer that is not supported, named with its place; nothing is ever guessed.
+        TypeError: what is not supported, named with its place in the model and in its source; nothing is ever guessed.
+            So is what mixes the examples of a batch or depends on their number.
         ValueError: an input that does not fit a layer, or a network that does not compute what the model does.
     """
     if isinstance(variables, tuple | list) and input_shape is None:
@@ -54,22 +56,41 @@ def from_flax(
     parameters = nnx.state(model) if isinstance(model, nnx.Module) else variables
     if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(parameters)):
         raise TypeError("the model has shapes in place of parameters, as eval_shape gives them; initialise it first")
-    value = Value.of_input(tuple(input_shape))
-    # Exact types: a subclass may compute something else.
-    if type(model) is nnx.Sequential:
-        value, forward = readers.Place("", None).read_all(model.layers, value), model
-    elif type(model) is nn.Sequential:
-        if not isinstance(variables, Mapping) or "params" not in variables:
-            if isinstance(variables, Mapping) and any(str(name).startswith("layers_") for name in variables):
-                raise TypeError("variables hold the parameters alone: give {'params': params}, as model.init does")
-            raise TypeError("a Linen model needs its variables: from_flax(module, variables, input_shape=...)")
-        value = readers.Place("", variables).read_all(model.layers, value)
-        forward = lambda x: model.apply(variables, x)  # noqa: E731
-    else:
-        raise TypeError(f"from_flax reads Sequential models of flax.nnx or flax.linen, not {type(model).__name__}")
-    network = value.network()
-    if not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((network, variables))):
-        _compare(network, forward, tuple(input_shape))
+    if isinstance(model, nn.Module) and (not isinstance(variables, Mapping) or "params" not in variables):
+        names = [str(name) for name in variables] if isinstance(variables, Mapping) else []
+        if names and "params" not in names:
+            raise TypeError("variables hold the parameters alone: give {'params': params}, as model.init does")
+        raise TypeError("a Linen model needs its variables: from_flax(module, variables, input_shape=...)")
+    if not isinstance(model, nnx.Module | nn.Module):
+        raise TypeError(
+            f"from_flax reads modules of flax.nnx or flax.linen, not {type(model).__name__}; from_function reads "
+            "functions"
+        )
+    forward = (lambda x: model.apply(variables, x)) if isinstance(model, nn.Module) else model
+    return _read(model, forward, readers.Place("", variables), tuple(input_shape))
+
+
+def from_function(function: Callable[[Array], Array], input_shape: tuple[int, ...]) -> Network:
+    """Read a function of JAX as a :class:`lipjax.Network`.
+
+    Args:
+        function: from a batch (B, *input_shape) to logits (B, classes), with its parameters closed over. Supported is
+            what :func:`from_flax` supports.
+        input_shape: shape of one input without the batch axis.
+
+    Returns:
+        A network that computes what the function does.
+
+    Raises:
+        TypeError, ValueError: as :func:`from_flax`.
+    """
+    return _read(function, function, readers.Place("", None), tuple(input_shape))
+
+
+def _read(model: Any, forward: Callable[[Array], Array], place: readers.Place, input_shape: tuple[int, ...]) -> Network:
+    network = place.read(model, Value.of_input(input_shape)).network()
+    if not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((network, place.variables))):
+        _compare(network, forward, input_shape)
     return network
 
 

@@ -14,15 +14,16 @@ from flax import nnx
 from jax import Array
 
 from lipjax.networks import layers
-from lipjax.networks.activations import ClippedReLUActivation, ReLUActivation
+from lipjax.networks.activations import ClippedReLUActivation, LeakyReLUActivation
 from lipjax.networks.maxmin import ClippedMaxMinActivation, MaxMinActivation
-from lipjax.reading import functions, modules
+from lipjax.reading import activations, interpreter, linear, markers, modules, tracing
 from lipjax.reading.values import Value
 
 SUPPORTED = (
-    "supported are convolutions (nnx.Conv, nn.Conv), dense layers (nnx.Linear, nn.Dense), batch norm in inference "
-    "mode, nnx.relu, jax.nn.relu, ClippedReLU, MaxMin, ClippedMaxMin and Residual of lipjax, average and "
-    "max pooling, and functions that only reshape, shift or scale each example"
+    "supported are dense layers, convolutions, products with constants, batch norm in inference mode, sums and "
+    "concatenations of branches, whatever moves entries, sums and means over axes, average and max pooling, the "
+    "activations relu, relu6, leaky_relu, PReLU, abs, hard_tanh, clips, tanh, sigmoid, softplus, elu, silu and gelu, "
+    "the modules of lipjax, and types given to lipjax.register"
 )
 
 
@@ -45,12 +46,49 @@ class Place:
             TypeError: a module that is not supported, named with its place; nothing is ever guessed.
             ValueError: an input that does not fit it.
         """
-        key = module if isinstance(module, Hashable) and module in READERS else type(module)
+        is_module = isinstance(module, nnx.Module | nn.Module)  # one of Linen may have no hash
+        known = not is_module and isinstance(module, Hashable) and module in READERS
+        key = module if known else type(module)
         if key in READERS:
             return READERS[key](module, value, self)
-        if not isinstance(module, nnx.Module | nn.Module) and callable(module):
-            return _function(module, value, self)
-        raise TypeError(_unsupported(module, self))
+        activation = None if is_module else activations.known(module)
+        if activation is not None:
+            return value.activation(activation)
+        if not callable(module):
+            raise TypeError(_unsupported(module, self))
+        return self.traced(module, value)
+
+    def traced(self, module: Any, value: Value) -> Value:
+        """What a module or a function gives that is known by what it does."""
+        linen = isinstance(module, nn.Module)
+        function = (lambda x: module.apply(self.variables, x)) if linen else module
+        parameters = nnx.state(module) if isinstance(module, nnx.Module) else self.variables
+        wide = any(getattr(leaf, "dtype", None) == jnp.float64 for leaf in jax.tree.leaves(parameters))
+        kinds = {kind for kind in READERS if isinstance(kind, type) and not kind.__module__.startswith("flax.")}
+        try:
+            with markers.marked(kinds):
+                traces = [
+                    tracing.trace(function, value.shape, batch, jnp.float64 if wide else jnp.float32)
+                    for batch in tracing.BATCHES
+                ]
+        except Exception as error:  # whatever a model raises, it cannot be read
+            reason = str(error).strip().split("\n")[0]
+            raise TypeError(f"{self.label(module)} cannot be traced: {type(error).__name__}: {reason}") from error
+        if not all(tracing.same_structure(traces[0], other) for other in traces[1:]):
+            raise TypeError(f"{self.label(module)} does something else for another number of examples in a batch")
+        try:
+            return interpreter.Reader((traces[0], traces[1]), value, self._marked).read()
+        except interpreter.UnsupportedError as error:
+            raise TypeError(f"{self.label(module)} is not supported: {error}; {SUPPORTED}") from error
+
+    def _marked(self, module: markers.Marked, value: Value) -> Value:
+        place = Place(f"{self.name}.{module.name}".strip("."), module.variables)
+        return READERS[type(module.it)](module.it, value, place)
+
+    def label(self, module: object) -> str:
+        """For messages: where a module stands, and what it is."""
+        name = getattr(module, "__name__", type(module).__name__)
+        return f"layer {self.name} of the model, {name}," if self.name else f"the model, {name},"
 
     def read_all(self, modules: Sequence[object], value: Value) -> Value:
         """What modules that follow each other give for a value; those of a Linen model are its ``layers_0`` and on."""
@@ -105,20 +143,18 @@ def register(kind: type | Callable, reader: Reader) -> None:
 def _dense(module: Any, value: Value, place: Place) -> Value:
     kernel, bias = _kernel_and_bias(module, place)
     if len(value.shape) != 1:
-        raise TypeError(f"layer {place.name}, a dense layer, acts on activations {value.shape}: flatten them first")
+        return place.traced(module, value)
     return value.affine(layers.dense(kernel, bias, value.shape))
 
 
 def _conv(module: Any, value: Value, place: Place) -> Value:
     kernel, bias = _kernel_and_bias(module, place)
-    if kernel.ndim != 4:
-        raise TypeError(f"layer {place.name}, Conv, is not two-dimensional: its kernel has shape {kernel.shape}")
-    if _pair(module.input_dilation) != (1, 1):
-        raise TypeError(f"layer {place.name}, Conv, has input_dilation={module.input_dilation}, which is not supported")
-    if getattr(module, "mask", None) is not None:
-        raise TypeError(f"layer {place.name}, Conv, has a masked kernel, which is not supported")
+    zero_padded = not isinstance(module.padding, str) or module.padding in ("SAME", "VALID")
+    masked = getattr(module, "mask", None) is not None
+    if kernel.ndim != 4 or masked or not zero_padded or _pair(module.input_dilation) != (1, 1):
+        return place.traced(module, value)
     stride, dilation = _pair(module.strides), _pair(module.kernel_dilation)
-    kernel = _grouped(_dilated(kernel, dilation), module.feature_group_count)
+    kernel = linear.grouped(linear.dilated(kernel, dilation), module.feature_group_count)
     padding = _padding(module.padding, value.shape, kernel.shape, stride, place)
     return value.affine(layers.convolution(kernel, bias, value.shape, stride, padding))
 
@@ -150,8 +186,13 @@ def _dropout(module: Any, value: Value, place: Place) -> Value:
     return value
 
 
-def _relu(module: Any, value: Value, place: Place) -> Value:
-    return value.activation(ReLUActivation())
+def _prelu(module: Any, value: Value, place: Place) -> Value:
+    slope = place.parameter(module, "negative_slope")
+    if slope is None:
+        raise TypeError(
+            f"layer {place.name}, PReLU, has no negative_slope in the variables; initialise the model first"
+        )
+    return value.activation(LeakyReLUActivation(slope))
 
 
 def _clipped_relu(module: modules.ClippedReLU, value: Value, place: Place) -> Value:
@@ -179,21 +220,22 @@ def _clipped_maxmin(module: modules.ClippedMaxMin, value: Value, place: Place) -
 
 def _residual(module: modules.Residual, value: Value, place: Place) -> Value:
     branch = place.read_all(module.layers, value)
-    if {term.node for term in branch.terms} - {term.node for term in value.terms}:
-        # An activation lies between, so that both cannot be one layer: what comes in is a node that both take.
-        value = value.settled()
-        branch = place.read_all(module.layers, value)
     if branch.shape != value.shape:
         raise ValueError(f"layer {place.name}: Residual adds activations {branch.shape} to its input {value.shape}")
     return value + branch
 
 
+def _sequential(module: Any, value: Value, place: Place) -> Value:
+    return place.read_all(module.layers, value)
+
+
 for kinds, reader in (
+    ((nnx.Sequential, nn.Sequential), _sequential),
     ((nnx.Linear, nn.Dense), _dense),
     ((nnx.Conv, nn.Conv), _conv),
     ((nnx.BatchNorm, nn.BatchNorm), _batch_norm),
     ((nnx.Dropout, nn.Dropout), _dropout),
-    ((nnx.relu, jax.nn.relu), _relu),
+    ((nnx.PReLU, nn.PReLU), _prelu),
     ((modules.ClippedReLU,), _clipped_relu),
     ((modules.MaxMin,), _maxmin),
     ((modules.ClippedMaxMin,), _clipped_maxmin),
@@ -203,29 +245,8 @@ for kinds, reader in (
         register(kind, reader)
 
 
-def _function(function: Callable[[Array], Array], value: Value, place: Place) -> Value:
-    """A function that is known by what it does."""
-    steps = functions.read(function, value.shape)
-    if steps is None:
-        raise TypeError(_unsupported(function, place))
-    for step in steps:
-        if isinstance(step, functions.Reshape):
-            value = value.reshaped(step.shape)
-        elif isinstance(step, functions.Rescale):
-            value = value.rescaled(step.scale, step.shift)
-        elif step.kind == "max":
-            value = value.max_pooled(step.window, step.stride, step.padding)
-        else:
-            channels = value.shape[-1]
-            ones = jnp.broadcast_to(jnp.eye(channels), (*step.window, channels, channels))
-            window = layers.convolution(ones, jnp.zeros(channels), value.shape, step.stride, step.padding)
-            value = value.affine(window)
-    return value
-
-
 def _unsupported(module: object, place: Place) -> str:
-    name = getattr(module, "__name__", type(module).__name__)
-    return f"layer {place.name} of the model, {name}, is not supported; {SUPPORTED}, and types given to lipjax.register"
+    return f"{place.label(module)} is not supported; {SUPPORTED}"
 
 
 def _kernel_and_bias(module: Any, place: Place) -> tuple[Array, Array]:
@@ -257,24 +278,6 @@ def _check_precision(module: Any, place: Place, names: tuple[str, ...]) -> None:
     for option in (*options, "promote_dtype", "preferred_element_type"):
         if option in defaults and getattr(module, option) is not defaults[option].default:
             raise TypeError(f"layer {place.name}, {name}, has its own {option}, which is not supported")
-
-
-def _dilated(kernel: Array, dilation: tuple[int, int]) -> Array:
-    """The kernel with zeros between its taps."""
-    if dilation == (1, 1):
-        return kernel
-    size = tuple((k - 1) * d + 1 for k, d in zip(kernel.shape[:2], dilation, strict=True))
-    return jnp.zeros((*size, *kernel.shape[2:]), kernel.dtype).at[:: dilation[0], :: dilation[1]].set(kernel)
-
-
-def _grouped(kernel: Array, groups: int) -> Array:
-    """The kernel of all channels, with zeros between different groups."""
-    if groups == 1:
-        return kernel
-    kh, kw, c_in, c_out = kernel.shape
-    split = kernel.reshape(kh, kw, c_in, groups, c_out // groups)
-    whole = jnp.einsum("hwigo,gk->hwkigo", split, jnp.eye(groups, dtype=kernel.dtype), precision=layers.HIGHEST)
-    return whole.reshape(kh, kw, groups * c_in, c_out)
 
 
 def _pair(value: Any) -> tuple[int, int]:

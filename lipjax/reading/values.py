@@ -21,6 +21,7 @@ from lipjax.networks.activations import Activation
 from lipjax.networks.graph import Concatenation, Graph, Network, Sum
 from lipjax.networks.layers import Affine, Dense, Scale, Shape, dense
 from lipjax.networks.pooling import MaxPoolActivation
+from lipjax.networks.rearranging import gather, sum_over
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,13 +69,16 @@ class Value:
         """
         if math.prod(layer.in_shape) != math.prod(self.shape):
             raise ValueError(f"{type(layer).__name__} takes {layer.in_shape}, but its input has shape {self.shape}")
-        if len(self.terms) != 1 or self.terms[0].layer is not None:
-            return self.settled().affine(layer)
         term, shift = self.terms[0], layer.shift
+        behind = term.layer is not None
+        if len(self.terms) != 1 or (behind and not any(map(folding.is_rearrangement, (layer, term.layer)))):
+            return self.settled().affine(layer)
         if self.shift is not None:
             shift = shift + layer.linear(jnp.broadcast_to(self.shift, self.shape).reshape(layer.in_shape))
         if term.scale is not None:
             layer = folding.rescaled(layer, before=_arranged(term.scale, self.shape, layer.in_shape))
+        elif term.layer is not None:
+            layer = folding.composed(term.layer, layer)
         return Value(self.graph, layer.out_shape, (Term(term.node, layer),), shift)
 
     def rescaled(self, scale: Array, shift: Array | None = None) -> Value:
@@ -110,6 +114,14 @@ class Value:
         """What an activation gives for this value."""
         return self._node(self.graph.add(activation, self.settled().terms[0].node, arranged=(self.shape,)))
 
+    def gathered(self, places: Array) -> Value:
+        """The entries at some places of the raveled value, -1 for zero, shaped like those."""
+        return self.affine(gather(places, self.shape))
+
+    def summed(self, axes: tuple[int, ...]) -> Value:
+        """The sum over some axes."""
+        return self.affine(sum_over(axes, self.shape))
+
     def max_pooled(self, window: tuple, stride: tuple, padding: tuple) -> Value:
         """Maximum over windows of an image."""
         return self.activation(MaxPoolActivation(self.shape, window, stride, padding))
@@ -118,6 +130,11 @@ class Value:
         """The sum with another value of the same graph and shape."""
         if other.shape != self.shape:
             raise ValueError(f"a sum of values of shapes {self.shape} and {other.shape}: expected the same")
+        if {term.node for term in self.terms} != {term.node for term in other.terms}:
+            # An activation lies between, so that both cannot be one layer: what it took is a node that both take.
+            first, second = (self.graph.settled.get(id(each), (each, each))[1] for each in (self, other))
+            if first is not self or second is not other:
+                return first + second
         terms = {term.node: term for term in self.terms}
         for term in other.terms:
             terms[term.node] = self._added(terms[term.node], term) if term.node in terms else term
@@ -130,10 +147,16 @@ class Value:
         return self._node(self.graph.add(Concatenation(axis), *places, arranged=[value.shape for value in settled]))
 
     def settled(self) -> Value:
-        """The same as one node."""
+        """The same as one node, the same one each time."""
         (first, *rest), shift = self.terms, self.shift
         if not rest and shift is None and first.layer is None and first.scale is None:
             return self
+        if id(self) not in self.graph.settled:
+            self.graph.settled[id(self)] = self, self._settled()
+        return self.graph.settled[id(self)][1]
+
+    def _settled(self) -> Value:
+        shift = self.shift
         # The shift goes into a layer where there is one.
         order = sorted(self.terms, key=lambda term: (term.layer is None, term.scale is None))
         places = []
@@ -205,4 +228,8 @@ class Value:
 
 def _arranged(array: Array, shape: Shape, new: Shape) -> Array:
     """An array that broadcasts to one shape, for another one in C order."""
-    return array if tuple(shape) == tuple(new) else jnp.broadcast_to(array, shape).reshape(new)
+    if tuple(shape) == tuple(new):
+        return array
+    if math.prod(array.shape[:-1]) == 1 and array.shape[-1:] in ((1,), tuple(new[-1:])):  # one for all, or per channel
+        return array.reshape((1,) * (len(new) - 1) + array.shape[-1:])
+    return jnp.broadcast_to(array, shape).reshape(new)

@@ -1,0 +1,274 @@
+"""Interpreter: from the equations of a traced function to the value that it gives, in terms of the nodes of a graph.
+
+Whatever moves entries is followed by indices: a batch of two examples and one of three are numbered, the operation is
+applied to the numbers, and what comes out says which entry went where, and that no example met another.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from lipjax.reading import expressions, linear, tracing
+from lipjax.reading.entries import Entry, UnsupportedError, axis_of, moves, same_places
+from lipjax.reading.expressions import Constant
+from lipjax.reading.settling import Settler
+from lipjax.reading.tracing import Equation, Trace
+from lipjax.reading.values import Value
+
+MOVES = {
+    *("reshape", "transpose", "squeeze", "expand_dims", "broadcast_in_dim", "slice", "rev", "gather", "dynamic_slice"),
+    *("split", "pad", "tile", "copy", "copy_p"),
+}
+JOINS = {"concatenate", "stack"}
+ENTRYWISE = {
+    *(
+        "add",
+        "sub",
+        "mul",
+        "div",
+        "neg",
+        "max",
+        "min",
+        "abs",
+        "sign",
+        "tanh",
+        "logistic",
+        "exp",
+        "exp2",
+        "log",
+        "log1p",
+    ),
+    *(
+        "expm1",
+        "erf",
+        "erfc",
+        "integer_pow",
+        "square",
+        "pow",
+        "sqrt",
+        "rsqrt",
+        "cbrt",
+        "ge",
+        "gt",
+        "le",
+        "lt",
+        "eq",
+        "ne",
+    ),
+    *(
+        "select_n",
+        "clamp",
+        "sin",
+        "cos",
+        "atan2",
+        "stop_gradient",
+        "is_finite",
+        "not",
+        "and",
+        "or",
+        "add_any",
+        "sinh",
+        "cosh",
+    ),
+}
+
+
+class Reader:
+    """Reads the equations of a function.
+
+    Args:
+        module: reads a module that stands for itself: from the module and a value to a value.
+    """
+
+    def __init__(self, traces: tuple[Trace, Trace], value: Value, module: Callable[[Any, Value], Value]) -> None:
+        self.trace, self.module = traces[0], module
+        self.other = traces[1]
+        self.constants = tuple(tracing.constants_of(each) for each in traces)
+        self.entries: dict[int, Entry] = {self.trace.input: Entry.of(value)}
+        self.settler = Settler()
+
+    def read(self) -> Value:
+        """The value that the function gives."""
+        for one, two in zip(self.trace.equations, self.other.equations, strict=True):
+            if not any(isinstance(each, int) and each in self.entries for each in one.inputs):
+                continue
+            for number, entry in zip(one.outputs, self._results(one, two), strict=True):
+                if entry is not None:
+                    self.entries[number] = entry
+        output = self.trace.output
+        if not isinstance(output, int) or output not in self.entries:
+            raise UnsupportedError("what it gives does not depend on its input")
+        value, axis = self._resolved(self.entries[output], "what it gives")
+        if axis != 0:
+            raise UnsupportedError(f"it gives the batch along axis {axis}; expected axis 0")
+        return value
+
+    def _results(self, one: Equation, two: Equation) -> list[Entry | None]:
+        operands = [self.entries.get(each) if isinstance(each, int) else None for each in one.inputs]
+        dtype = self.trace.types[one.outputs[0]].dtype
+        if jnp.issubdtype(dtype, jnp.floating) and dtype not in (jnp.float32, jnp.float64):
+            raise UnsupportedError(f"{one.label} computes in {dtype}; supported are float32 and float64")
+        if one.name == "lipjax_module":
+            value, axis = self._resolved(operands[0], one.place)
+            if axis != 0:
+                raise UnsupportedError(f"a module at {one.place} takes the batch along axis {axis}; expected axis 0")
+            return [Entry.of(self.module(one.params["module"], value))]
+        if one.name == "convert_element_type":
+            if dtype != self.trace.types[one.inputs[0]].dtype:
+                raise UnsupportedError(f"{one.label} turns {self.trace.types[one.inputs[0]].dtype} into {dtype}")
+            return [operands[0]]
+        if one.name in MOVES:
+            return self._moved(one, two, operands)
+        if one.name in JOINS:
+            return [self._joined(one, operands)]
+        if one.name in ENTRYWISE:
+            return [self._entrywise(one, two, operands)]
+        return [self._linear(one, operands)]
+
+    # Entry by entry
+
+    def _entrywise(self, one: Equation, two: Equation, operands: list[Entry | None]) -> Entry:
+        shapes = self.trace.types[one.outputs[0]].shape, self.other.types[two.outputs[0]].shape
+        operands = [None if each is None else each.broadcast(*shapes) for each in operands]
+        mine = [each for each in operands if each is not None]
+        first = mine[0]
+        same = all(each.value is first.value and same_places(each, first) for each in mine)
+        if not same:
+            return self._of_two(one, mine)
+        axis = axis_of(first, one.place)
+        parts = [
+            each.expression if each is not None else Constant(self._constant(one, two, k, axis))
+            for k, each in enumerate(operands)
+        ]
+        padded = any(
+            (places < 0).any() for places in first.places
+        )  # what is zero there is not what an operation makes of it
+        arranged = any(isinstance(part, Constant) and np.ndim(part.array) for part in parts)
+        if moves(first) and (padded or arranged):
+            value, axis = self._resolved(first, one.place)  # constants are arranged like the moved value
+            first = Entry.of(value, axis)
+            parts = [part if isinstance(part, Constant) else "x" for part in parts]
+        return dataclasses.replace(first, expression=expressions.operation(one, parts))
+
+    def _of_two(self, one: Equation, mine: list[Entry]) -> Entry:
+        """A sum or a difference of two values."""
+        if one.name not in ("add", "sub", "add_any") or len(mine) != 2:
+            raise UnsupportedError(
+                f"{one.label} joins two values that both depend on the input; sums, differences and "
+                "concatenations of them are supported, products and maxima are not (lipjax.MaxMin is)"
+            )
+        (first, axis), (second, other) = (self._resolved(each, one.place) for each in mine)
+        if axis != other or first.shape != second.shape:
+            raise UnsupportedError(f"{one.label} adds values of shapes {first.shape} and {second.shape}")
+        return Entry.of(first + (second if one.name != "sub" else second.rescaled(jnp.float32(-1))), axis)
+
+    def _constant(self, one: Equation, two: Equation, place: int, axis: int) -> Any:
+        """A constant operand of an operation entry by entry, without the axis of the batch.
+
+        Raises:
+            UnsupportedError: it treats examples differently, or depends on their number.
+        """
+        first, second = (self._operand(each, place, side) for side, each in enumerate((one, two)))
+        if np.ndim(first) == 0:
+            return first
+        if not _known(first) or not _known(second):
+            return lax.index_in_dim(first, 0, axis, keepdims=False)
+        row, rows = np.take(np.asarray(first), 0, axis), (np.moveaxis(np.asarray(k), axis, 0) for k in (first, second))
+        if not all(np.array_equal(np.broadcast_to(row, each.shape), each, equal_nan=True) for each in rows):
+            raise UnsupportedError(
+                f"{one.label} treats the examples of a batch differently, or depends on their number"
+            )
+        return row
+
+    # Moves
+
+    def _moved(self, one: Equation, two: Equation, operands: list[Entry | None]) -> list[Entry | None]:
+        """Operations that move entries, applied to their numbers."""
+        entry = operands[0]
+        if entry is None:
+            raise UnsupportedError(f"{one.label} takes indices that depend on the input")
+        shift = None
+        if one.name == "pad":
+            shift = self._operand(one, 1)
+        moved = [[], []]
+        for side, (equation, places) in enumerate(zip((one, two), entry.places, strict=True)):
+            rest = [self._operand(equation, k, side) for k in range(1, len(one.inputs))]
+            if one.name == "pad":
+                rest = [np.int32(-1)]
+            with jax.ensure_compile_time_eval():
+                moved[side] = [
+                    np.asarray(each) for each in equation.compute(jnp.asarray(places), *map(jnp.asarray, rest))
+                ]
+        results: list[Entry | None] = [
+            dataclasses.replace(entry, places=(np.asarray(a, np.int32), np.asarray(b, np.int32)))
+            for a, b in zip(*moved, strict=True)
+        ]
+        if shift is not None and not (_known(shift) and np.all(np.asarray(shift) == 0)):
+            value, axis = self._resolved(results[0], one.place)
+            padded = np.moveaxis(results[0].places[0], axis, 0)[0] < 0  # type: ignore
+            return [Entry.of(value.shifted(jnp.where(padded, shift, 0.0)), axis)]
+        return results
+
+    def _operand(self, equation: Equation, place: int, side: int = 0) -> Any:
+        each = equation.inputs[place]
+        return self.constants[side][each] if isinstance(each, int) else each
+
+    def _joined(self, one: Equation, operands: list[Entry | None]) -> Entry:
+        """Values side by side along an axis, or along a new one."""
+        mine = [each for each in operands if each is not None]
+        if len(mine) < len(operands):
+            raise UnsupportedError(f"{one.label} joins a value and a constant; pad it instead")
+        dimension = one.params["axis" if one.name == "stack" else "dimension"]
+        if one.name == "stack":
+            mine = [each.moved(lambda places: np.expand_dims(places, dimension)) for each in mine]
+        first, *rest = mine
+        if all(each.value is first.value and expressions.equal(each.expression, first.expression) for each in rest):
+            both = (np.concatenate([each.places[side] for each in mine], dimension) for side in (0, 1))
+            return dataclasses.replace(first, places=tuple(both))
+        resolved = [self._resolved(entry, one.label) for entry in mine]
+        (axis, *others), (value, *values) = ([each[k] for each in resolved] for k in (1, 0))
+        if any(other != axis for other in others) or dimension == axis:
+            raise UnsupportedError(f"{one.label} joins examples of the batch")
+        return Entry.of(value.concatenated(*values, axis=dimension - (dimension > axis)), axis)
+
+    # Linear maps
+
+    def _linear(self, one: Equation, operands: list[Entry | None]) -> Entry:
+        rule = linear.RULES.get(one.name)
+        if rule is None:
+            raise UnsupportedError(f"{one.label} is not supported")
+        if sum(each is not None for each in operands) != 1:
+            raise UnsupportedError(f"{one.label} takes several values that depend on the input")
+        place = next(k for k, each in enumerate(operands) if each is not None)
+        value, axis = self._resolved(operands[place], one.place)
+        constants = [None if each is not None else self._operand(one, k) for k, each in enumerate(operands)]
+        try:
+            return Entry.of(*rule(one.params, value, axis, place, constants))
+        except linear.MixedError as error:
+            raise UnsupportedError(f"{one.label} mixes the examples of a batch") from error
+        except (NotImplementedError, ValueError) as error:
+            raise UnsupportedError(f"{one.label} is not supported: {error}") from error
+
+    # Values
+
+    def _resolved(self, entry: Entry | None, where: str) -> tuple[Value, int]:
+        """The value of one example that a variable is, and the axis of its batch."""
+        assert entry is not None
+        axis = axis_of(entry, where)
+        value = self.settler.settled(entry.value, entry.expression, where)
+        places, size = np.moveaxis(entry.places[0], axis, 0)[0], math.prod(value.shape)
+        if places.size == size and np.array_equal(places.ravel(), np.arange(size)):
+            return (value if places.shape == value.shape else value.reshaped(places.shape)), axis
+        return value.gathered(places), axis
+
+
+def _known(value: Any) -> bool:
+    return not isinstance(value, jax.core.Tracer)

@@ -1,0 +1,376 @@
+"""Any model: classes, functions and Linen modules are read by what they compute, or refused by the name of it."""
+
+import dataclasses
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import oracles
+import pytest
+from flax import nnx
+from flax.training import train_state
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import lipjax
+
+EPS = 0.05
+
+
+class ResNet(nnx.Module):
+    """Two blocks, the second with a projection shortcut and a stride."""
+
+    def __init__(self, rngs):
+        self.stem = nnx.Conv(2, 4, (3, 3), rngs=rngs)
+        self.norm = nnx.BatchNorm(4, use_running_average=True, rngs=rngs)
+        self.first, self.second = (nnx.Conv(4, 4, (3, 3), rngs=rngs) for _ in range(2))
+        self.third = nnx.Conv(4, 6, (3, 3), strides=2, rngs=rngs)
+        self.fourth = nnx.Conv(6, 6, (3, 3), rngs=rngs)
+        self.shortcut = nnx.Conv(4, 6, (1, 1), strides=2, use_bias=False, rngs=rngs)
+        self.head = nnx.Linear(6, 3, rngs=rngs)
+
+    def __call__(self, x):
+        x = nnx.relu(self.norm(self.stem(x)))
+        x = nnx.relu(x + self.second(nnx.relu(self.first(x))))
+        x = nnx.relu(self.fourth(nnx.relu(self.third(x))) + self.shortcut(x))
+        return self.head(x.mean((1, 2)))
+
+
+class DenseBlock(nnx.Module):
+    """Everything that came before, side by side."""
+
+    def __init__(self, rngs):
+        self.layers = nnx.List([nnx.Conv(2 + 3 * k, 3, (3, 3), rngs=rngs) for k in range(3)])
+        self.head = nnx.Linear(11, 3, rngs=rngs)
+
+    def __call__(self, x):
+        for layer in self.layers:
+            x = jnp.concatenate([x, jax.nn.relu(layer(x))], axis=-1)
+        return self.head(jnp.mean(x, axis=(1, 2)))
+
+
+class AllConvolutional(nnx.Module):
+    def __init__(self, rngs):
+        self.first = nnx.Conv(2, 6, (3, 3), strides=(2, 2), padding="CIRCULAR", rngs=rngs)
+        self.second = nnx.Conv(6, 3, (1, 1), rngs=rngs)
+
+    def __call__(self, x):
+        return self.second(nnx.leaky_relu(self.first(x), 0.2)).mean(axis=(1, 2))
+
+
+class Patches(nnx.Module):
+    """A patch stem, mixing over tokens and over channels, with GELU."""
+
+    def __init__(self, rngs):
+        self.stem = nnx.Conv(2, 5, (2, 2), strides=2, padding="VALID", rngs=rngs)
+        self.tokens = nnx.Linear(9, 9, rngs=rngs)
+        self.channels = nnx.Linear(5, 5, rngs=rngs)
+        self.head = nnx.Linear(5, 3, rngs=rngs)
+
+    def __call__(self, x):
+        x = self.stem(x)
+        x = x.reshape(x.shape[0], -1, x.shape[-1])
+        x = x + jnp.swapaxes(nnx.gelu(self.tokens(jnp.swapaxes(x, 1, 2))), 1, 2)
+        x = x + nnx.gelu(self.channels(x), approximate=False)
+        return self.head(x.mean(axis=1))
+
+
+class Signal(nnx.Module):
+    """A signal (n, channels) through 1-D convolutions and pooling."""
+
+    def __init__(self, rngs):
+        self.first = nnx.Conv(2, 4, (5,), strides=2, rngs=rngs)
+        self.second = nnx.Conv(4, 4, (3,), kernel_dilation=2, feature_group_count=2, padding="VALID", rngs=rngs)
+        self.head = nnx.Linear(4, 3, rngs=rngs)
+
+    def __call__(self, x):
+        x = nnx.max_pool(nnx.silu(self.first(x)), (2,), strides=(2,))
+        return self.head(nnx.silu(self.second(jnp.pad(x, ((0, 0), (1, 1), (0, 0))))).reshape(x.shape[0], -1))
+
+
+class Tabular(nnx.Module):
+    """Columns are normalised, clipped and used twice; one layer is shared."""
+
+    def __init__(self, rngs):
+        self.shared = nnx.Linear(6, 6, rngs=rngs)
+        self.head = nnx.Linear(12, 3, rngs=rngs)
+        self.slope = nnx.Param(jnp.full(6, 0.3))
+
+    def __call__(self, x):
+        x = (jnp.clip(x, 0.1, 0.9) - 0.5) / jnp.asarray([[0.3, 0.2, 0.5, 0.4, 0.25, 0.6]])
+        for _ in range(2):
+            x = self.shared(x)
+            x = jnp.where(x > 0, x, self.slope[...][None] * x)
+        return self.head(jnp.concatenate([x[:, ::-1], jnp.minimum(x, 1.0)], axis=1))
+
+
+class Pairs(nnx.Module):
+    """lipjax's own modules inside of a class."""
+
+    def __init__(self, rngs):
+        self.first, self.second, self.head = (nnx.Linear(6, n, rngs=rngs) for n in (6, 6, 3))
+        self.pairs, self.clipped = lipjax.MaxMin(), lipjax.ClippedReLU((6,), 0.4)
+
+    def __call__(self, x):
+        return self.head(self.clipped(self.second(self.pairs(self.first(x)))))
+
+
+class Ported(nnx.Module):
+    """Weights of a network whose images were (channels, height, width): it flattens in that order."""
+
+    def __init__(self, rngs):
+        self.conv, self.head = nnx.Conv(2, 3, (3, 3), padding="VALID", rngs=rngs), nnx.Linear(48, 3, rngs=rngs)
+
+    def __call__(self, x):
+        x = jnp.tanh(self.conv(x))
+        return self.head(jnp.transpose(x, (0, 3, 1, 2)).reshape(x.shape[0], -1))
+
+
+IMAGE = (6, 6, 2)
+MODELS = {
+    **{"resnet": (ResNet, IMAGE), "densenet": (DenseBlock, IMAGE), "all convolutional": (AllConvolutional, IMAGE)},
+    **{"patches": (Patches, IMAGE), "signal": (Signal, (12, 2)), "tabular": (Tabular, (6,)), "pairs": (Pairs, (6,))},
+    "ported": (Ported, IMAGE),
+}
+
+
+@functools.cache
+def read(name):
+    kind, shape = MODELS[name]
+    model = kind(nnx.Rngs(0))
+    return (
+        model,
+        lipjax.from_flax(model, shape),
+        jnp.asarray(np.random.default_rng(1).uniform(size=(4, *shape)), jnp.float32),
+    )
+
+
+logits_of = jax.jit(lambda network, x: network(x))
+jacobians_of = jax.jit(lambda network, x: jax.vmap(jax.jacobian(network.features))(x))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_networks_compute_what_models_do(name):
+    model, network, x = read(name)
+    np.testing.assert_allclose(logits_of(network, x), model(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_samples_and_jacobians_obey_bounds_and_attacks_break_nothing(name):
+    _, network, x = read(name)
+    label = jnp.argmax(network(x), axis=1)
+    found = lipjax.certify(network, x, label, EPS, level="deterministic", stages=("local", "dual"))
+    assert np.isfinite(found.worst_margin).all()
+    assert (found.lipschitz <= lipjax.global_lipschitz(network, level="deterministic") * (1 + 1e-6)).all()
+    rng = np.random.default_rng(2)
+    with jax.enable_x64(True):
+        wide = network.astype(jnp.float64)
+        for i in range(2):
+            points = oracles.ball_points(rng, np.asarray(x[i], np.float64).ravel(), EPS, 60).reshape(-1, *x.shape[1:])
+            jacobians = np.asarray(jacobians_of(wide, jnp.asarray(points))).reshape(len(points), -1, x[i].size)
+            assert np.linalg.norm(jacobians, ord=2, axis=(1, 2)).max() <= float(found.lipschitz[i])
+            logits = np.asarray(logits_of(wide, jnp.asarray(points)))
+            rivals = np.delete(logits, int(label[i]), axis=1).max(axis=1)
+            assert (logits[:, int(label[i])] - rivals >= float(found.worst_margin[i])).all()
+    points = lipjax.attack(network, x, label, EPS, jax.random.key(0))
+    broken = np.asarray(jnp.argmax(network(points), axis=1) != label)
+    assert not (broken & np.asarray(found.certified)).any()
+
+
+def test_linear_stretches_have_the_norms_of_their_matrices():
+    """By SVD: transposes, padding and means fold into the layers beside them, and cost nothing."""
+    for name, expected in (("ported", 1), ("all convolutional", 1), ("pairs", 2)):
+        _, network, _ = read(name)
+        assert len(network.layers) == expected, name
+        for layer in (*network.layers, network.head):
+            matrix, shape = np.asarray(layer.matrix(), np.float64), layer.in_shape
+            units = np.eye(matrix.shape[1]).reshape(-1, *shape)
+            images = np.stack(
+                [np.asarray(layer.linear(jnp.asarray(unit, jnp.float32))).ravel() for unit in units], axis=1
+            )
+            np.testing.assert_allclose(images, matrix, atol=1e-6)
+    _, network, _ = read("all convolutional")
+    exact = oracles.spectral_norm(np.asarray(network.layers[0].matrix(), np.float64))
+    assert exact <= lipjax.global_lipschitz(network, level="deterministic") <= exact * (1 + 1e-6)
+
+
+def test_a_shared_value_is_one_node():
+    _, network, _ = read("resnet")
+    names = [type(node.operation).__name__ for node in network.nodes]
+    assert names.count("Sum") == 2
+    assert len(network.layers) == 6  # the batch norm is folded
+    assert type(network.head).__name__ == "Dense"  # and so is the mean
+
+
+def test_inside_of_a_traced_step_gradients_are_those_of_the_model():
+    model, _, x = read("patches")
+    graphdef, params = nnx.split(model, nnx.Param)
+
+    def ours(params):
+        return jnp.sum(jnp.sin(lipjax.from_flax(nnx.merge(graphdef, params), IMAGE)(x)))
+
+    def theirs(params):
+        return jnp.sum(jnp.sin(nnx.merge(graphdef, params)(x)))
+
+    mine, exact = jax.jit(jax.grad(ours))(params), jax.jit(jax.grad(theirs))(params)
+    for a, b in zip(jax.tree.leaves(mine), jax.tree.leaves(exact), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5)
+
+
+class LinenNet(nn.Module):
+    @nn.compact
+    def __call__(self, x, train=False):
+        x = nn.Conv(4, (3, 3))(x)
+        x = nn.relu(nn.BatchNorm(use_running_average=not train)(x))
+        x = nn.Dropout(0.5, deterministic=not train)(x)
+        return nn.Dense(3)(nn.gelu(x).reshape(x.shape[0], -1))
+
+
+def test_a_linen_model_and_its_train_state():
+    x = jnp.asarray(np.random.default_rng(3).uniform(size=(2, *IMAGE)), jnp.float32)
+    variables = LinenNet().init(jax.random.key(0), x)
+    state = train_state.TrainState.create(apply_fn=LinenNet().apply, params=variables["params"], tx=optax.sgd(0.1))
+    whole = {"params": state.params, "batch_stats": variables["batch_stats"]}
+    network = lipjax.from_flax(LinenNet(), whole, IMAGE)
+    np.testing.assert_allclose(network(x), state.apply_fn(whole, x), rtol=1e-5, atol=1e-5)
+
+
+def test_a_function_with_constants_of_numpy_and_einsum():
+    rng = np.random.default_rng(4)
+    first, second = (rng.normal(size=shape).astype(np.float32) for shape in ((6, 2, 4), (4, 3)))
+
+    def function(x):
+        hidden = jnp.einsum("bhwc,wcd->bhd", x, first) / 4
+        hidden = jax.nn.softplus(hidden).sum(1) - 1
+        return jnp.matmul(jnp.abs(hidden), second) * np.float32(0.5)
+
+    network = lipjax.from_function(function, IMAGE)
+    x = jnp.asarray(rng.uniform(size=(3, *IMAGE)), jnp.float32)
+    np.testing.assert_allclose(network(x), function(x), rtol=1e-5, atol=1e-5)
+    assert [type(each).__name__ for each in network.activations] == ["SoftplusActivation", "LeakyReLUActivation"]
+
+
+def attention(x):
+    tokens = x.reshape(x.shape[0], 12, 6)
+    weights = jax.nn.softmax(tokens @ jnp.swapaxes(tokens, 1, 2), axis=-1)
+    return (weights @ tokens).reshape(x.shape[0], -1)[:, :3]
+
+
+UNKNOWN = {
+    "sin": (lambda x: jnp.sin(x).sum((1, 2))[:, :2], "sin at .*test_tracing"),
+    "softmax inside": (lambda x: jax.nn.softmax(x.reshape(x.shape[0], -1))[:, :3] * 2.0, "reduce_max"),
+    "attention": (attention, "dot_general .*several values that depend on the input"),
+    "gating": (lambda x: (x[..., 0] * x[..., 1]).sum(1)[:, :3], "mul .*joins two values"),
+    "scan": (
+        lambda x: jax.lax.scan(lambda c, y: (c + y, None), x[:, 0, :, 0], x[:, 1:, :, 0].swapaxes(0, 1))[0],
+        "scan",
+    ),
+    "control flow": (lambda x: x if x.sum() > 0 else -x, "cannot be traced: TracerBoolConversionError"),
+    "half precision": (lambda x: x.astype(jnp.bfloat16).sum((1, 2)), "bfloat16"),
+    "two results": (lambda x: (x, x), "gives 2 arrays"),
+    "own batch": (lambda x: x.reshape(4, -1), "mixes the examples|cannot be traced"),
+}
+
+
+@pytest.mark.parametrize("name", UNKNOWN)
+def test_what_is_not_known_is_refused_by_its_name_and_place(name):
+    function, message = UNKNOWN[name]
+    with pytest.raises(TypeError, match=message):
+        lipjax.from_function(function, IMAGE)
+
+
+def test_the_message_names_the_line_of_the_model():
+    def third(x):
+        return jnp.sin(x)  # this one
+
+    with pytest.raises(TypeError, match=r"test_tracing.py:\d+.*third"):
+        lipjax.from_function(lambda x: third(x).reshape(x.shape[0], -1), IMAGE)
+
+
+# Random functions: any chain of these, on values of shape (4, 2)
+STEPS = {
+    "matmul": lambda w: lambda x: x @ w[:2, :2],
+    "left": lambda w: lambda x: jnp.einsum("ij,bjk->bik", w / 2, x),
+    "scale": lambda w: lambda x: x * w[None, :, :1] - 0.25,
+    "divide": lambda w: lambda x: -x / (0.5 + np.abs(w[None, :1, :2])),
+    "transpose": lambda w: lambda x: jnp.transpose(x, (0, 2, 1)).reshape(x.shape),
+    "flip": lambda w: lambda x: x[:, ::-1],
+    "pad": lambda w: lambda x: jnp.pad(x, ((0, 0), (1, 0), (0, 1)), constant_values=0.5)[:, :4, :2],
+    "roll": lambda w: lambda x: jnp.roll(x, 1, axis=1),
+    "halves": lambda w: lambda x: jnp.concatenate([x[:, 2:], jax.nn.relu(x[:, :2])], axis=1),
+    "mean": lambda w: lambda x: x + x.mean(axis=1, keepdims=True) * jnp.ones((1, 4, 1)),
+    "split": lambda w: lambda x: jnp.stack([a + b for a, b in (jnp.split(x, 2, axis=1),)] * 2, axis=1).reshape(x.shape),
+    "residual": lambda w: lambda x: x + jnp.tanh(x @ w[:2, 2:]),
+    "expand": lambda w: lambda x: x[..., None].squeeze(-1),
+    "relu": lambda w: jax.nn.relu,
+    "gelu": lambda w: nnx.gelu,
+    "clip": lambda w: lambda x: jnp.clip(x, -0.5, 0.7),
+    "maximum": lambda w: lambda x: jnp.maximum(x, 0.1) + jnp.minimum(x, 0.3),
+    "abs": lambda w: jnp.abs,
+    "window": lambda w: lambda x: nnx.avg_pool(x, (2,), (1,), ((0, 1),)),
+}
+
+
+@settings(max_examples=40)
+@given(names=st.lists(st.sampled_from(sorted(STEPS)), min_size=1, max_size=5), seed=st.integers(0, 1000))
+def test_random_functions_are_read_as_what_they_compute_and_bounded(names, seed):
+    rng = np.random.default_rng(seed)
+    kernels, head = rng.normal(size=(len(names), 4, 4)).astype(np.float32), rng.normal(size=(8, 2))
+    steps = [STEPS[name](w) for name, w in zip(names, kernels, strict=True)]
+
+    def function(x):
+        with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+            for step in steps:
+                x = step(x)
+            return x.reshape(x.shape[0], 8) @ head.astype(np.float32)
+
+    network = lipjax.from_function(function, (4, 2))
+    x = jnp.asarray(rng.uniform(size=(1, 4, 2)), jnp.float32)
+    with jax.enable_x64(True):
+        wide = network.astype(jnp.float64)
+        sigmas = [oracles.spectral_norm(np.asarray(layer.matrix())) * (1 + 1e-9) for layer in wide.layers]
+        region = lipjax.l2_ball(jnp.asarray(x, jnp.float64), EPS)
+        bounds = lipjax.propagate(wide, region, lipjax.Given(jnp.asarray(sigmas or [1.0])))
+        points = jnp.asarray(oracles.ball_points(rng, np.asarray(x[0], np.float64).ravel(), EPS, 50).reshape(-1, 4, 2))
+        features = np.asarray(jax.vmap(wide.features)(points)).reshape(len(points), -1)
+        np.testing.assert_allclose(logits_of(wide, points), function(points.astype(jnp.float32)), rtol=1e-4, atol=1e-4)
+    lower, upper = (np.asarray(bound[0]).ravel() for bound in bounds.features.box)
+    assert (lower - 1e-9 <= features).all()
+    assert (features <= upper + 1e-9).all()
+    moved = np.linalg.norm(features - np.asarray(bounds.features.center[0]).ravel(), axis=1)
+    assert (moved <= float(bounds.features.radius[0]) + 1e-9).all()
+
+
+def test_a_registered_module_inside_of_a_class_stands_for_itself():
+    @jax.tree_util.register_dataclass
+    @dataclasses.dataclass(frozen=True)
+    class Ripple(lipjax.Activation):
+        def __call__(self, z):
+            return z + jnp.sin(z)
+
+        @property
+        def lipschitz(self):
+            return 2.0
+
+        def box(self, lower, upper):
+            return lower - 1, upper + 1
+
+    class Wave(nnx.Module):
+        def __call__(self, x):
+            return x + jnp.sin(x)
+
+    class Model(nnx.Module):
+        def __init__(self, rngs):
+            self.first, self.wave, self.head = nnx.Linear(4, 5, rngs=rngs), Wave(), nnx.Linear(5, 2, rngs=rngs)
+
+        def __call__(self, x):
+            return self.head(self.wave(self.first(x)))
+
+    model = Model(nnx.Rngs(0))
+    with pytest.raises(TypeError, match="sin"):
+        lipjax.from_flax(model, (4,))
+    lipjax.register(Wave, lambda module, value, place: value.activation(Ripple()))
+    assert isinstance(lipjax.from_flax(model, (4,)).activations[0], Ripple)

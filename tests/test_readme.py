@@ -43,6 +43,13 @@ def test_the_page_about_parts_of_ones_own_runs_as_printed(capsys):
     assert np.all(tight < loose)
 
 
+def test_the_page_about_models_of_others_runs_as_printed(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    for code in blocks((ROOT / "docs" / "models.md").read_text(), "python"):
+        exec(compile(code, "models.md", "exec"), {})
+    assert "True" in capsys.readouterr().out
+
+
 def test_local_links_lead_somewhere():
     pages = (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md"))
     for page in pages:

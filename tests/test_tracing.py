@@ -309,6 +309,7 @@ STEPS = {
     "gelu": lambda w: nnx.gelu,
     "clip": lambda w: lambda x: jnp.clip(x, -0.5, 0.7),
     "maximum": lambda w: lambda x: jnp.maximum(x, 0.1) + jnp.minimum(x, 0.3),
+    "group sort": lambda w: lambda x: jnp.sort(x.reshape(-1, 4, 1, 2), axis=-1).reshape(x.shape),
     "abs": lambda w: jnp.abs,
     "window": lambda w: lambda x: nnx.avg_pool(x, (2,), (1,), ((0, 1),)),
 }

@@ -15,6 +15,7 @@ from lipjax.networks.regions import DOMAINS
 
 DATA = "an .npz with images (n, H, W, C), uint8 or floats in [0, 1], and integer labels (n,), in place of a split"
 DOMAIN = "what is certified and attacked: the whole l2 ball (default), or what of it lies in the pixel range [0, 1]"
+MODEL = "a function that builds a model of your own, in place of --workdir; needs --weights, --data, --eps and --output"
 LEVEL = (
     "what the spectral norms are worth: probabilistic, bounds up to --delta (default); deterministic, bounds; "
     "estimate, the paper's, no proof; or package.module:solver of your own"
@@ -66,7 +67,9 @@ def train_command(parser: Parser, arguments: list[str]) -> None:
 
 def certify_command(parser: Parser, arguments: list[str]) -> None:
     """``certify.py``, and the installed command ``lipjax-certify``."""
-    parser.add_argument("--workdir", type=pathlib.Path, required=True, help="folder of a run of train.py")
+    parser.add_argument("--workdir", type=pathlib.Path, help="folder of a run of train.py")
+    parser.add_argument("--model", metavar="PACKAGE.MODULE:BUILD", help=MODEL)
+    parser.add_argument("--weights", type=pathlib.Path, help="of --model: an .npz of arrays, or a folder of Orbax")
     parser.add_argument("--eps", type=float, help="l2 radius in [0, 1] pixels; default: the config's")
     images = parser.add_mutually_exclusive_group()
     images.add_argument("--split", default="test", choices=("test", "train"), help="default: test")
@@ -97,28 +100,55 @@ def certify_command(parser: Parser, arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     if options.dual_steps < 0:
         raise InputError(f"--dual-steps={options.dual_steps} cannot be used; give at least 0")
-    certifying.certify_run(
-        options.workdir,
-        eps=options.eps,
-        split=options.split,
-        limit=options.limit,
-        batch_size=options.batch_size,
-        which=options.checkpoint,
-        output=options.output,
-        level=_named(options.level, "--level"),
-        delta=options.delta,
-        rtol=options.rtol,
-        triage=not options.no_triage,
-        radius=options.radius,
-        stages=[_named(name, "--stages") for name in options.stages.split(",")] if options.stages else None,
-        dual_steps=options.dual_steps,
-        domain=options.domain,
-        resume=options.resume,
-        file=options.data,
-        seed=options.seed,
-    )
+    shared = {
+        "limit": options.limit,
+        "batch_size": options.batch_size,
+        "level": _named(options.level, "--level"),
+        "delta": options.delta,
+        "rtol": options.rtol,
+        "triage": not options.no_triage,
+        "radius": options.radius,
+        "stages": [_named(name, "--stages") for name in options.stages.split(",")] if options.stages else None,
+        "dual_steps": options.dual_steps,
+        "domain": options.domain,
+        "resume": options.resume,
+    }
+    if options.model is not None:
+        _certify_model(options, shared)
+    elif options.workdir is None:
+        raise InputError("nothing to certify; give --workdir, the folder of a run, or --model, a model of your own")
+    else:
+        if options.weights is not None:
+            raise InputError("--weights are of --model; a run of --workdir has its own checkpoints")
+        certifying.certify_run(
+            options.workdir,
+            eps=options.eps,
+            split=options.split,
+            which=options.checkpoint,
+            output=options.output,
+            file=options.data,
+            seed=options.seed,
+            **shared,
+        )
     files = "certificates.npz, certificates.csv, summary.json, report.md" + (", curves.csv" if options.radius else "")
     print(f"\nfiles: {options.output or options.workdir}/{files}")
+
+
+def _certify_model(options: argparse.Namespace, shared: dict[str, Any]) -> None:
+    """Certify a model of the user's own."""
+    if options.workdir is not None:
+        raise InputError("--workdir and --model are two models; give one of them")
+    needed = {name: getattr(options, name) for name in ("weights", "data", "eps", "output")}
+    missing = [f"--{name}" for name, value in needed.items() if value is None]
+    if missing:
+        raise InputError(f"--model needs {', '.join(missing)} as well; see --help")
+    certifying.certify_model(
+        *(options.model, options.weights, options.data),
+        eps=options.eps,
+        output=options.output,
+        seed=options.seed or 0,
+        **shared,
+    )
 
 
 def train_main() -> None:

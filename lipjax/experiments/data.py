@@ -39,7 +39,7 @@ class Dataset:
     """Images and labels of one split.
 
     Attributes:
-        images: uint8 (n, H, W, C), or float32 in [0, 1].
+        images: uint8 (n, ...), images as (n, H, W, C), or float32 in [0, 1].
         labels: int32 (n,).
         scale: the value that stands for 1.0.
         num_classes: number of classes.
@@ -55,16 +55,14 @@ class Dataset:
         """A data set of a user's arrays.
 
         Args:
-            images: (n, H, W, C), uint8 or floating-point in [0, 1].
+            images: (n, ...), uint8 or floating-point in [0, 1].
             labels: integers (n,).
             num_classes: default one more than the largest label.
 
         Raises:
             InputError: arrays of another kind.
         """
-        images, labels = np.asarray(images), np.asarray(labels)
-        classes = 1 + int(labels.max(initial=0)) if num_classes is None else num_classes
-        return _checked(images, labels, images.shape[1:], classes, "Dataset.of", "this data set")
+        return _of_arrays(np.asarray(images), np.asarray(labels), num_classes, "Dataset.of")
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -102,6 +100,24 @@ def from_file(path: pathlib.Path, name: str) -> Dataset:
     return _checked(arrays["images"], arrays["labels"], shape, classes, f"--data={path}", name)
 
 
+def any_file(path: pathlib.Path) -> Dataset:
+    """A user's own inputs, for a model of the user's own.
+
+    Args:
+        path: an ``.npz`` file with ``images`` (n, ...), uint8 or floating-point in [0, 1], and ``labels`` (n,).
+
+    Raises:
+        InputError: what is wrong with the file, and what is expected.
+    """
+    arrays = _arrays(path, ("images", "labels"), f"--data={path}")
+    return _of_arrays(arrays["images"], arrays["labels"], None, f"--data={path}")
+
+
+def _of_arrays(images: np.ndarray, labels: np.ndarray, num_classes: int | None, what: str) -> Dataset:
+    classes = 1 + int(labels.max(initial=0)) if num_classes is None else num_classes
+    return _checked(images, labels, images.shape[1:], classes, what, "this data set")
+
+
 def _arrays(path: pathlib.Path, names: tuple[str, ...], what: str) -> dict[str, np.ndarray]:
     try:
         with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
@@ -115,7 +131,7 @@ def _checked(
     images: np.ndarray, labels: np.ndarray, shape: tuple[int, ...], classes: int, what: str, name: str
 ) -> Dataset:
     """Images and labels as a data set; InputError unless they are images of this shape in [0, 1] and classes."""
-    if images.ndim != 4 or images.shape[1:] != shape or not len(images):
+    if images.ndim < 2 or images.shape[1:] != shape or not len(images):
         wanted = f"at least one image of shape {shape}"
         raise InputError(f"{what}: images have shape {images.shape}; the model of {name} takes {wanted}")
     if labels.shape != images.shape[:1] or not np.issubdtype(labels.dtype, np.integer):

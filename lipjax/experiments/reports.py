@@ -62,6 +62,13 @@ def short(row: Row) -> str:
     return "  ".join(parts)
 
 
+def _origin(summary: dict[str, Any]) -> str:
+    """Where the weights are from."""
+    if "checkpoint" in summary:
+        return f"checkpoint {summary['checkpoint']} of epoch {summary['checkpoint_epoch']}"
+    return f"{summary['model']} with {summary['weights']}"
+
+
 def print_table(summary: Row) -> None:
     """The accuracies of an evaluation, with what they rest on."""
     domain = DOMAIN_WORDS[summary["domain"]]
@@ -73,10 +80,8 @@ def print_table(summary: Row) -> None:
         ("attack", summary["attack_accuracy"], counts["correct_after_attack"], f"that or the stronger, {domain}"),
         ("certified", summary["certified_accuracy"], counts["certified"], claim),
     ]
-    print(
-        f"\n{summary['dataset']} {summary['split']}, {counts['examples']} images, eps {summary['eps']:.6g}, {domain}, "
-        f"checkpoint {summary['checkpoint']} of epoch {summary['checkpoint_epoch']}"
-    )
+    data = f"{summary['dataset']} {summary['split']}, {counts['examples']} images"
+    print(f"\n{data}, eps {summary['eps']:.6g}, {domain}, {_origin(summary)}")
     print(f"{'accuracy':<12}{'fraction':>10}{'images':>10}   remark")
     for name, fraction, images, remark in rows:
         if fraction is None:

@@ -1,4 +1,4 @@
-"""Linear operations that do more than move entries: products, convolutions, sums and pooling.
+"""Operations that do more than move entries: products, convolutions, sums, pooling and GroupSort.
 
 A rule takes the parameters of the operation, the value, the axis of its batch, the place of the value among the
 operands, and the other operands; it gives the new value and the axis of its batch.
@@ -15,6 +15,7 @@ import numpy as np
 from jax import Array
 
 from lipjax.networks import layers
+from lipjax.networks.maxmin import MaxMinActivation
 from lipjax.reading.values import Value
 
 
@@ -164,11 +165,21 @@ def _transposed(value: Value, order: tuple[int, ...]) -> Value:
     return value.gathered(numbers.transpose(order))
 
 
+def sort(params: dict[str, Any], value: Value, batch: int, place: int, others: list[Any]) -> tuple[Value, int]:
+    """GroupSort of 2: neighbours of the last axis, the smaller first."""
+    (axis,) = _without((params["dimension"],), batch)
+    if axis != len(value.shape) - 1 or value.shape[axis] != 2 or len(others) != 1:
+        raise NotImplementedError("a sort of anything but pairs along the last axis")
+    minus = jnp.float32(-1)  # MaxMin gives the larger first
+    return value.rescaled(minus).activation(MaxMinActivation()).rescaled(minus), batch
+
+
 RULES: dict[str, Rule] = {
     "reduce_sum": reduce_sum,
     "reduce_max": reduce_max,
     "reduce_window_max": reduce_window("max"),
     "reduce_window_sum": reduce_window("sum"),
     "dot_general": dot_general,
+    "sort": sort,
     "conv_general_dilated": convolution,
 }

@@ -19,7 +19,6 @@ from lipjax.certification.certificates import Certificate
 from lipjax.certification.certifier import Certifier
 from lipjax.certification.records import load_certificates
 from lipjax.certification.robustness import certified_radius, certify, global_lipschitz, local_lipschitz
-from lipjax.moved import look_up as _look_up
 from lipjax.networks.activations import (
     Activation,
     ClipActivation,
@@ -68,7 +67,7 @@ _OF_RUNS = {
 
 def __getattr__(name: str) -> _Any:
     if name not in _OF_RUNS:
-        return _look_up(name)
+        raise AttributeError(f"module 'lipjax' has no attribute {name!r}")
     return getattr(_import_module(f"lipjax.experiments.{_OF_RUNS[name]}"), name)
 
 

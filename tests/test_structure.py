@@ -10,8 +10,7 @@ import lipjax
 PACKAGE = Path(lipjax.__file__).parent
 # A folder imports from the ones before it, and modules at the top from nothing.
 FOLDERS = ("networks", "reading", "norms", "bounds", "certification", "training", "experiments")
-LEAVES = ("errors", "files", "floating_point", "moved")
-OLD = ("models",)  # names of older versions, through "moved" alone
+LEAVES = ("errors", "files", "floating_point")
 MODULES = {
     ".".join(path.relative_to(PACKAGE).with_suffix("").parts): path
     for path in sorted(PACKAGE.rglob("*.py"))
@@ -44,13 +43,13 @@ def folder_of(name):
 
 def test_every_folder_has_its_place_in_the_order():
     assert {path.name for path in PACKAGE.iterdir() if (path / "__init__.py").exists()} == set(FOLDERS)
-    assert {name for name in MODULES if "." not in name} == {*LEAVES, *OLD}
+    assert {name for name in MODULES if "." not in name} == set(LEAVES)
 
 
 @pytest.mark.parametrize("name", MODULES)
 def test_imports_run_one_way(name):
     folder = folder_of(name)
-    allowed = {*LEAVES, *FOLDERS[: FOLDERS.index(folder) + 1]} if folder in FOLDERS else {"moved"}
+    allowed = {*LEAVES, *FOLDERS[: FOLDERS.index(folder) + 1]} if folder in FOLDERS else set()
     wrong = {target for target in GRAPH[name] if folder_of(target) not in allowed}
     assert not wrong, f"{name} imports {sorted(wrong)}, of folders that come after its own"
 

@@ -23,7 +23,6 @@ from lipjax.certification.checks import check_batch, check_labels, check_start_k
 from lipjax.certification.ledger import Ledger
 from lipjax.certification.packing import Rows
 from lipjax.certification.pairs import Ascent, Starts, proven_margins
-from lipjax.moved import look_up_method
 from lipjax.networks.graph import Network, check_network
 from lipjax.networks.layers import Affine, Scale
 from lipjax.networks.regions import check_domain, check_eps, l2_ball
@@ -115,9 +114,6 @@ class Certifier:
             self.network = self.inference.astype(self.claim.dtype)
             self.sigmas = self._global_norms()
         cohorts.check_known_norms(network.layers)
-
-    def __getattr__(self, name: str) -> Any:
-        return look_up_method(self, name)
 
     @property
     def claim(self) -> cohorts.Claim:

@@ -1,4 +1,4 @@
-"""Certify a classifier that train.py has trained: clean, PGD and certified accuracy, and a certificate per image.
+"""Certify a classifier, of a run of train.py or one of your own: accuracies, and a certificate per image.
 
 Examples:
   python certify.py --workdir runs/mnist

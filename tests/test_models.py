@@ -147,5 +147,5 @@ def test_files_and_models_that_are_none_are_refused(tmp_path):
         models.load_model(build, tmp_path / "text", (8, 8, 1))
     with pytest.raises(InputError, match="--model gives int"):
         models.load_model(lambda: 3, tmp_path / "weights.npz", (8, 8, 1))
-    with pytest.raises(InputError, match=r"--model cannot be read: .*sin"):
+    with pytest.raises(InputError, match=r"--model cannot be read for inputs of shape \(8, 8, 1\): .*sin"):
         models.load_model(lambda: lambda weights, x: jnp.sin(x), tmp_path / "weights.npz", (8, 8, 1))

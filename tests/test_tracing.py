@@ -375,3 +375,61 @@ def test_a_registered_module_inside_of_a_class_stands_for_itself():
         lipjax.from_flax(model, (4,))
     lipjax.register(Wave, lambda module, value, place: value.activation(Ripple()))
     assert isinstance(lipjax.from_flax(model, (4,)).activations[0], Ripple)
+
+
+# Inside of a traced function nothing is compared: what cannot be read has to be seen from the equations alone
+
+
+def _rows(z):
+    return z.shape[0]
+
+
+MIXING = {
+    "a sum over the batch": lambda w, z: z @ (w * jnp.arange(_rows(z)).sum()),
+    "a scalar of the batch": lambda w, z: z @ w * jnp.sum(jnp.ones_like(z[:, 0])),
+    "places in the batch": lambda w, z: z * (w[0, 0] * jnp.arange(_rows(z))[:, None]),
+    "a random mask": lambda w, z: z * (w[0][None] * jax.random.bernoulli(jax.random.key(0), 0.5, z.shape)),
+    "random noise": lambda w, z: z + w[0][None] * jax.random.normal(jax.random.key(0), z.shape),
+    "entries out of bounds": lambda w, z: z.at[:, jnp.array([0, 5, 2])].get(mode="fill", fill_value=-1.0) @ w,
+    "more than four examples": lambda w, z: z @ w * np.full((1, 3), 1.0 + (_rows(z) > 4), np.float32),
+}
+MIXING["padding by the batch"] = lambda w, z: (
+    jnp.pad(z[:, :2], ((0, 0), (0, 1)), constant_values=jnp.sum(jnp.ones(_rows(z)))) @ w
+)
+MIXING["as wide as the batch"] = lambda w, z: (
+    (z @ w[:, :1] @ jnp.ones((1, _rows(z)))).sum(1, keepdims=True) * w[0][None]
+)
+READ = {
+    "two paddings": lambda w, z: (
+        jnp.pad(jnp.pad(z[:, :1], ((0, 0), (1, 0))), ((0, 0), (0, 1)), constant_values=w[0, 0]) @ w
+    ),
+    "a bias for each": lambda w, z: z @ w + jnp.broadcast_to(w[0], z.shape) * 2.0,
+    "ones like": lambda w, z: z @ w * jnp.ones_like(z) + jnp.zeros_like(z),
+    "an order": lambda w, z: z[:, jnp.array([2, 0, 1])] @ w,
+}
+
+
+def read_inside_of_jit(function, z):
+    w, v = (jnp.asarray(np.random.default_rng(k).normal(size=(3, 3)), jnp.float32) for k in (0, 1))
+
+    def whole(w, z):
+        return jax.nn.relu(function(w, z)) @ v[:, :2]
+
+    ours = jax.jit(lambda w: lipjax.from_function(functools.partial(whole, w), (3,))(z))
+    return ours(w), whole(w, z)
+
+
+@pytest.mark.parametrize("name", MIXING)
+def test_what_depends_on_the_batch_is_seen_inside_of_a_traced_function(name):
+    with pytest.raises(
+        TypeError, match=r"depends on (the|their) number|differently|another number|out of bounds|mixes"
+    ):
+        read_inside_of_jit(MIXING[name], jnp.ones((5, 3)))
+
+
+@pytest.mark.parametrize("name", READ)
+def test_what_does_not_is_read_inside_of_a_traced_function(name):
+    ours, theirs = read_inside_of_jit(
+        READ[name], jnp.asarray(np.random.default_rng(2).normal(size=(5, 3)), jnp.float32)
+    )
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)

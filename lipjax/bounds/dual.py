@@ -198,7 +198,7 @@ def value(network: Network, bounds: Bounds, trace: Trace) -> Array:
     for activation, before, c, g, weight in zip(
         network.activations, bounds.before, trace.c, trace.g, trace.weight, strict=True
     ):
-        least, _ = activation.minimum(c.sum, g, per_row(activation, weight, before), boxed(before))
+        least, _ = activation.minimum(c.sum, g, per_row(weight, before), boxed(before))
         total = total + least
         if before.radius is not None:
             total = total - weight / 2 * before.radius**2
@@ -210,9 +210,9 @@ def value(network: Network, bounds: Bounds, trace: Trace) -> Array:
     return total + jnp.sum(trace.input.sum * region.center) + margins.least_product(trace.input.sum, region)
 
 
-def per_row(activation: Activation, weight: Array, before: Preactivation) -> Array:
-    """The mu of a ball as it meets each row: times the square of its weight, where the activation has weights."""
-    return weight * before.rows.astype(weight.dtype) ** 2 if activation.weighs else weight
+def per_row(weight: Array, before: Preactivation) -> Array:
+    """The mu of a ball as it meets each row: times the square of its weight, where rows have weights."""
+    return weight if before.rows.dtype == bool else weight * before.rows**2
 
 
 class Errors(NamedTuple):
@@ -321,9 +321,9 @@ def best_weight(
     c, g, before = lax.stop_gradient((c, g, before))
 
     def outside(log_weight: Array) -> Array:
-        _, z = activation.minimum(c, g, per_row(activation, jnp.exp2(log_weight), before), before)
+        _, z = activation.minimum(c, g, per_row(jnp.exp2(log_weight), before), before)
         moved = z - before.center
-        return length(weighted(before.rows, moved) if activation.weighs else moved) > before.ball
+        return length(moved if before.rows.dtype == bool else weighted(before.rows, moved)) > before.ball
 
     def halve(_: int, ends: tuple[Array, Array]) -> tuple[Array, Array]:
         low, high = ends

@@ -21,7 +21,9 @@ class Certificate:
 
     Attributes:
         prediction: class of the largest logit (B,).
-        worst_margin: least logits[label] - logits[rival] over the rivals and over the eps-ball (B,).
+        worst_margin: a lower bound of the least logits[label] - logits[rival] over the rivals and over the eps-ball
+            (B,), the best that was found. Where it is not above 0 it may be far below what the dual could prove: rivals
+            that no longer decide are not asked.
         lipschitz: Lipschitz constant of the feature map on the eps-ball (B,), the smallest that was computed: the
             global one where that was enough.
         certified: the prediction is the label, and no perturbation below eps changes it (B,).

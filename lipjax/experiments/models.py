@@ -38,7 +38,10 @@ def load_model(
         InputError: weights that cannot be read, or are not those of the model; a model that cannot be.
     """
     arrays = read_weights(pathlib.Path(weights))
-    model = build()
+    try:
+        model = build()
+    except TypeError as error:
+        raise InputError(f"--model cannot be called without arguments: {error}; give a function without any") from None
     try:
         if isinstance(model, nnx.Module):
             network = from_flax(_filled(model, arrays, weights), input_shape)
@@ -52,8 +55,10 @@ def load_model(
             raise InputError(
                 f"--model gives {type(model).__name__}; expected a module of Flax, or (weights, x) -> logits"
             )
+    except InputError:
+        raise
     except (TypeError, ValueError, KeyError) as error:
-        raise InputError(f"--model cannot be read: {error}") from None
+        raise InputError(f"--model cannot be read for inputs of shape {tuple(input_shape)}: {error}") from None
     return network, sha256(arrays)
 
 
@@ -87,7 +92,7 @@ def _filled(model: nnx.Module, arrays: Arrays, weights: Any) -> nnx.Module:
     """A module of NNX with its parameters and statistics replaced; what is random (of dropout) stays."""
     state = nnx.state(model, (nnx.Param, nnx.BatchStat))
     expected = nnx.to_pure_dict(state)
-    named = {name.removesuffix(".value"): array for name, array in arrays.items()}
+    named = {name.removesuffix(".value"): array for name, array in arrays.items() if "rngs" not in name.split(".")}
     shapes = {name: array.shape for name, array in flat(expected).items()}
     wrong = [
         *(f"{name} is missing" for name in shapes if name not in named),

@@ -28,6 +28,7 @@ MOVES = {
     *("split", "pad", "tile", "copy", "copy_p"),
 }
 JOINS = {"concatenate", "stack"}
+PADDED, FILLED = -2, -3  # places that this padding made, or that lie outside
 ENTRYWISE = {
     *(
         "add",
@@ -92,6 +93,8 @@ class Reader:
         self.trace, self.module = traces[0], module
         self.other = traces[1]
         self.constants = tuple(tracing.constants_of(each) for each in traces)
+        self.unchanged = tracing.unchanged(*traces)
+        self.made_by = {number: each for each in self.trace.equations for number in each.outputs}
         self.entries: dict[int, Entry] = {self.trace.input: Entry.of(value)}
         self.settler = Settler()
 
@@ -101,8 +104,12 @@ class Reader:
             if not any(isinstance(each, int) and each in self.entries for each in one.inputs):
                 continue
             for number, entry in zip(one.outputs, self._results(one, two), strict=True):
-                if entry is not None:
-                    self.entries[number] = entry
+                if entry is None:
+                    continue
+                shapes = self.trace.types[number].shape, self.other.types[number].shape
+                if tuple(places.shape for places in entry.places) != shapes:
+                    raise UnsupportedError(f"{one.label} depends on the number of examples in a batch")
+                self.entries[number] = entry
         output = self.trace.output
         if not isinstance(output, int) or output not in self.entries:
             raise UnsupportedError("what it gives does not depend on its input")
@@ -131,7 +138,7 @@ class Reader:
             return [self._joined(one, operands)]
         if one.name in ENTRYWISE:
             return [self._entrywise(one, two, operands)]
-        return [self._linear(one, operands)]
+        return [self._linear(one, two, operands)]
 
     # Entry by entry
 
@@ -178,15 +185,48 @@ class Reader:
         """
         first, second = (self._operand(each, place, side) for side, each in enumerate((one, two)))
         if np.ndim(first) == 0:
-            return first
-        if not _known(first) or not _known(second):
-            return lax.index_in_dim(first, 0, axis, keepdims=False)
-        row, rows = np.take(np.asarray(first), 0, axis), (np.moveaxis(np.asarray(k), axis, 0) for k in (first, second))
-        if not all(np.array_equal(np.broadcast_to(row, each.shape), each, equal_nan=True) for each in rows):
+            return self._same_operand(one, two, place)
+        if isinstance(first, jax.core.Tracer) or isinstance(second, jax.core.Tracer):
+            alike, row = self._alike(one.inputs[place], axis), lax.index_in_dim(first, 0, axis, keepdims=False)
+        else:
+            row, rows = (
+                np.take(np.asarray(first), 0, axis),
+                (np.moveaxis(np.asarray(k), axis, 0) for k in (first, second)),
+            )
+            alike = all(np.array_equal(np.broadcast_to(row, each.shape), each, equal_nan=True) for each in rows)
+        if not alike:
             raise UnsupportedError(
                 f"{one.label} treats the examples of a batch differently, or depends on their number"
             )
         return row
+
+    def _same_operand(self, one: Equation, two: Equation, place: int) -> Any:
+        """A constant operand that is the same for both batches. Raises UnsupportedError for any other."""
+        number = one.inputs[place]
+        first, second = (self._operand(each, place, side) for side, each in enumerate((one, two)))
+        if isinstance(number, int) and number not in self.unchanged:
+            traced = isinstance(first, jax.core.Tracer) or isinstance(second, jax.core.Tracer)
+            if traced or np.shape(first) != np.shape(second) or not np.array_equal(first, second, equal_nan=True):
+                raise UnsupportedError(f"{one.label} takes a constant that depends on the number of examples")
+        return first
+
+    def _alike(self, number: int | np.ndarray, axis: int) -> bool:
+        """Whether a constant that is not known yet is the same for all examples, by how it is computed."""
+        if not isinstance(number, int) or number in self.unchanged:
+            return True  # its shape is the same for both batches: it has no axis of the batch
+        equation = self.made_by.get(number)
+        if equation is None:
+            return False
+        if equation.name == "broadcast_in_dim":
+            inner, dimensions = equation.inputs[0], equation.params["broadcast_dimensions"]
+            unchanged = not isinstance(inner, int) or inner in self.unchanged
+            return unchanged and (
+                axis not in dimensions
+                or (isinstance(inner, int) and self.trace.types[inner].shape[dimensions.index(axis)] == 1)
+            )
+        return equation.name in ENTRYWISE | {"convert_element_type", "copy"} and all(
+            self._alike(each, axis) for each in equation.inputs
+        )
 
     # Moves
 
@@ -195,26 +235,29 @@ class Reader:
         entry = operands[0]
         if entry is None:
             raise UnsupportedError(f"{one.label} takes indices that depend on the input")
-        shift = None
-        if one.name == "pad":
-            shift = self._operand(one, 1)
+        shift = self._same_operand(one, two, 1) if one.name == "pad" else None
         moved = [[], []]
         for side, (equation, places) in enumerate(zip((one, two), entry.places, strict=True)):
             rest = [self._operand(equation, k, side) for k in range(1, len(one.inputs))]
             if one.name == "pad":
-                rest = [np.int32(-1)]
+                rest = [np.int32(PADDED)]
+            if one.name == "gather":
+                equation = dataclasses.replace(equation, params={**equation.params, "fill_value": FILLED})
             with jax.ensure_compile_time_eval():
                 moved[side] = [
                     np.asarray(each) for each in equation.compute(jnp.asarray(places), *map(jnp.asarray, rest))
                 ]
+        if one.name == "gather" and any((each < -1).any() for side in moved for each in side):
+            raise UnsupportedError(f"{one.label} takes entries that are out of bounds")
+        padded = moved[0][0] == PADDED
+        moved = [[np.where(each == PADDED, -1, each) for each in side] for side in moved]
         results: list[Entry | None] = [
             dataclasses.replace(entry, places=(np.asarray(a, np.int32), np.asarray(b, np.int32)))
             for a, b in zip(*moved, strict=True)
         ]
         if shift is not None and not (_known(shift) and np.all(np.asarray(shift) == 0)):
             value, axis = self._resolved(results[0], one.place)
-            padded = np.moveaxis(results[0].places[0], axis, 0)[0] < 0  # type: ignore
-            return [Entry.of(value.shifted(jnp.where(padded, shift, 0.0)), axis)]
+            return [Entry.of(value.shifted(jnp.where(np.moveaxis(padded, axis, 0)[0], shift, 0.0)), axis)]
         return results
 
     def _operand(self, equation: Equation, place: int, side: int = 0) -> Any:
@@ -241,7 +284,7 @@ class Reader:
 
     # Linear maps
 
-    def _linear(self, one: Equation, operands: list[Entry | None]) -> Entry:
+    def _linear(self, one: Equation, two: Equation, operands: list[Entry | None]) -> Entry:
         rule = linear.RULES.get(one.name)
         if rule is None:
             raise UnsupportedError(f"{one.label} is not supported")
@@ -249,13 +292,13 @@ class Reader:
             raise UnsupportedError(f"{one.label} takes several values that depend on the input")
         place = next(k for k, each in enumerate(operands) if each is not None)
         value, axis = self._resolved(operands[place], one.place)
-        constants = [None if each is not None else self._operand(one, k) for k, each in enumerate(operands)]
+        constants = [None if each is not None else self._same_operand(one, two, k) for k, each in enumerate(operands)]
         try:
             return Entry.of(*rule(one.params, value, axis, place, constants))
         except linear.MixedError as error:
             raise UnsupportedError(f"{one.label} mixes the examples of a batch") from error
         except (NotImplementedError, ValueError) as error:
-            raise UnsupportedError(f"{one.label} is not supported: {error}") from error
+            raise UnsupportedError(f"{one.label}: {error}") from error
 
     # Values
 

@@ -43,7 +43,9 @@ def reduce_max(params: dict[str, Any], value: Value, batch: int, place: int, oth
     """The maximum over all places of an image, for each channel."""
     axes = _without(params["axes"], batch)
     if len(value.shape) != 3 or axes != (0, 1) or batch != 0:
-        raise NotImplementedError("a maximum over other axes than height and width")
+        raise NotImplementedError(
+            "the maximum is over other axes than height and width (of a softmax, leave it out: give logits)"
+        )
     pooled = value.max_pooled(value.shape[:2], (1, 1), ((0, 0), (0, 0)))
     return pooled.reshaped(value.shape[2:]), 0
 

@@ -7,6 +7,7 @@ examples, and whatever tells them apart is the axis of the batch. Others only ha
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -96,6 +97,10 @@ def trace(function: Callable[[Array], Array], shape: tuple[int, ...], batch: int
 
 def same_structure(one: Trace, other: Trace) -> bool:
     """Whether two traces do the same, apart from the size of the batch."""
+    if len(one.types) != len(other.types) or one.constants.keys() != other.constants.keys():
+        return False
+    if not all(_agree(value, other.constants[number]) for number, value in one.constants.items()):
+        return False
     return len(one.equations) == len(other.equations) and all(
         a.name == b.name
         and a.outputs == b.outputs
@@ -103,6 +108,34 @@ def same_structure(one: Trace, other: Trace) -> bool:
         and all(map(_same, a.inputs, b.inputs))
         for a, b in zip(one.equations, other.equations, strict=True)
     )
+
+
+def _agree(a: Any, b: Any) -> bool:
+    """Whether two constants may be the same: they have other shapes, are not known yet, or are equal."""
+    if a is b or np.shape(a) != np.shape(b) or any(isinstance(each, jax.core.Tracer) for each in (a, b)):
+        return True
+    return bool(np.array_equal(a, b, equal_nan=jnp.issubdtype(jnp.result_type(a), jnp.floating)))
+
+
+def unchanged(one: Trace, other: Trace) -> set[int]:
+    """The variables that are the same numbers for both batches, whatever they are: by how they are computed."""
+    same = {
+        k
+        for k, value in one.constants.items()
+        if value is other.constants[k]
+        or (
+            np.shape(value) == np.shape(other.constants[k])
+            and not isinstance(value, jax.core.Tracer)
+            and not isinstance(other.constants[k], jax.core.Tracer)
+            and _agree(value, other.constants[k])
+        )
+    }
+    for a, b in zip(one.equations, other.equations, strict=True):
+        known = all(not isinstance(each, int) or each in same for each in a.inputs)
+        shapes = all(one.types[k].shape == other.types[k].shape for k in a.outputs)
+        if known and shapes and str(a.params) == str(b.params):
+            same |= set(a.outputs)
+    return same
 
 
 def _same(a: int | np.ndarray, b: int | np.ndarray) -> bool:
@@ -149,8 +182,10 @@ def _called(equation: Any) -> tuple[Any, list] | None:
 
 
 def _place(source: Any) -> str:
-    stack = str(source.name_stack)
-    return source_info_util.summarize(source).strip() + (f" in {stack}" if stack else "")
+    """The innermost line, and the innermost one outside of Flax, which is the user's."""
+    frames = [line.strip() for line in source_info_util.summarize(source, 30).splitlines()][::-1] or [""]
+    own = next((frame for frame in frames if f"{os.sep}flax{os.sep}" not in frame), frames[0])
+    return frames[0] if own == frames[0] else f"{own}, by {frames[0]}"
 
 
 def constants_of(trace: Trace) -> dict[int, Any]:

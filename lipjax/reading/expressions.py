@@ -169,7 +169,6 @@ def operation(equation: tracing.Equation, operands: list[Expression]) -> Express
 @functools.cache
 def _patterns() -> tuple[Pattern, ...]:
     """All activations, those with fewer parameters first."""
-    arrays = ("a", "b")
     forms: list[tuple[Callable[..., Any], Callable[..., Activation | None]]] = [
         (lambda x: jax.nn.relu(x), ReLUActivation),
         (lambda x: jnp.where(x > 0, x, 0.0), ReLUActivation),
@@ -192,7 +191,6 @@ def _patterns() -> tuple[Pattern, ...]:
         (lambda x, a: jnp.maximum(x, a), lambda a: ClipActivation(_float(a), jnp.float32(jnp.inf))),
         (lambda x, b: jnp.minimum(x, b), lambda b: ClipActivation(jnp.float32(-jnp.inf), _float(b))),
     ]
-    del arrays
     return tuple(Pattern(_traced(function), factory) for function, factory in forms)
 
 
@@ -204,7 +202,7 @@ def _traced(function: Callable[..., Any]) -> Expression:
         closed = jax.make_jaxpr(function)(*(jax.ShapeDtypeStruct((2,), jnp.float32) for _ in range(1 + len(names))))
     found = tracing.Trace([], {}, [])
     inputs = [found.new(variable) for variable in closed.jaxpr.invars]
-    (output,) = tracing._inline(closed.jaxpr, closed.consts, inputs, found)
+    (output,) = tracing.inline(closed.jaxpr, closed.consts, inputs, found)
     values: dict[int, Expression] = {
         inputs[0]: "x",
         **{k: Hole(name) for k, name in zip(inputs[1:], names, strict=True)},
@@ -215,7 +213,9 @@ def _traced(function: Callable[..., Any]) -> Expression:
         if is_identity(equation):
             values[equation.outputs[0]] = operands[0]
         elif all(isinstance(each, Constant) for each in operands):
-            values[equation.outputs[0]] = Constant(equation.compute(*(jnp.asarray(each.array) for each in operands))[0])
+            with jax.ensure_compile_time_eval():  # what is kept may not be traced, wherever it is asked for first
+                known = equation.compute(*(jnp.asarray(each.array) for each in operands))
+            values[equation.outputs[0]] = Constant(known[0])
         else:
             values[equation.outputs[0]] = operation(equation, operands)
     return values[output]

@@ -91,7 +91,7 @@ def trace(function: Callable[[Array], Array], shape: tuple[int, ...], batch: int
         raise TypeError(f"it gives {len(closed.jaxpr.outvars)} arrays; expected one")
     found = Trace([], {}, [])
     found.input = found.new(closed.jaxpr.invars[0])
-    (found.output,) = _inline(closed.jaxpr, closed.consts, [found.input], found)
+    (found.output,) = inline(closed.jaxpr, closed.consts, [found.input], found)
     return found
 
 
@@ -144,7 +144,7 @@ def _same(a: int | np.ndarray, b: int | np.ndarray) -> bool:
     return a.shape == b.shape and bool(np.array_equal(a, b, equal_nan=a.dtype.kind == "f"))
 
 
-def _inline(jaxpr: Any, consts: list, arguments: list, found: Trace) -> list:
+def inline(jaxpr: Any, consts: list, arguments: list, found: Trace) -> list:
     """Add the equations of a jaxpr for given arguments, and give its outputs."""
     numbers: dict[Any, int | np.ndarray] = dict(zip(jaxpr.invars, arguments, strict=True))
     for variable, value in zip(jaxpr.constvars, consts, strict=True):
@@ -161,7 +161,7 @@ def _inline(jaxpr: Any, consts: list, arguments: list, found: Trace) -> list:
         inputs = [operand(variable) for variable in each.invars]
         inner = _called(each)
         if inner is not None and len(inner[0].invars) == len(inputs):
-            outputs = _inline(*inner, inputs, found)
+            outputs = inline(*inner, inputs, found)
         else:
             outputs = [found.new(variable) for variable in each.outvars]
             place = _place(each.source_info)

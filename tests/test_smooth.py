@@ -28,6 +28,7 @@ from lipjax import (
     chain,
     dense,
 )
+from lipjax.certification import packing
 
 SMOOTH = {
     "tanh": TanhActivation(),
@@ -292,3 +293,18 @@ def test_functions_of_jax_are_read_as_what_they_are():
         assert isinstance(lipjax.from_flax(model, (4,)).activations[0], expected)
     with pytest.raises(TypeError, match="ELU with alpha=2"):
         lipjax.from_flax(nnx.Sequential(functools.partial(nnx.elu, alpha=2.0), nnx.Linear(4, 2, rngs=rngs)), (4,))
+
+
+def test_what_is_not_a_number_shows_and_drops_nothing():
+    """In a minimum, in weights of rows, and in the bytes that keep them."""
+    network, nan = network_of("gelu"), np.nan
+    rows = tuple(np.full((2, *layer.out_shape), 0.3) for layer in network.layers)
+    rows[0][1, 2] = nan
+    back = packing.unpack(network, packing.pack(rows))
+    assert back[0][1, 2] == 1
+    assert all((each >= np.nan_to_num(given)).all() for each, given in zip(back, rows, strict=True))
+    with jax.enable_x64(True):
+        ones = jnp.ones(5)
+        for c, lower in ((ones.at[1].set(nan), -ones), (ones, -ones.at[1].set(nan))):
+            assert np.isnan(_minimum("gelu", c, ones, ones, lower, ones, 0 * ones)[0])
+        assert np.isnan(np.asarray(_facts("gelu", -ones.at[1].set(nan), ones, ones[None])[2])[1])

@@ -286,9 +286,7 @@ def _after(activation: Activation, before: Preactivation, arithmetic: Arithmetic
         lower, upper = activation.box(before.lower, before.upper)
         live = activation.live_outputs(before.lower, before.upper)
     region = Region(lower, upper, center, radius, live, finite)
-    if radius is None or lower is None:
-        return region, None
-    return arithmetic.activated(activation, before, arithmetic.moved(region))
+    return arithmetic.activated(activation, before, region if radius is None else arithmetic.moved(region))
 
 
 @functools.partial(jax.jit, static_argnames=("shape", "arithmetic"))

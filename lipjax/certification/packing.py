@@ -23,7 +23,10 @@ def pack(rows: Rows) -> np.ndarray:
     parts = [np.zeros((len(rows[0]) if rows else 1, 0), np.uint8)]
     for each in rows:
         flat = each.reshape(len(each), -1)
-        parts.append(np.packbits(flat, axis=1) if flat.dtype == bool else np.ceil(flat * STEPS).astype(np.uint8))
+        if flat.dtype == bool:
+            parts.append(np.packbits(flat, axis=1))
+        else:  # what is not a number drops nothing
+            parts.append(np.ceil(np.where(np.isnan(flat), 1, flat) * STEPS).astype(np.uint8))
     return np.concatenate(parts, axis=1)
 
 

@@ -186,7 +186,7 @@ class ReLUActivation(Elementwise):
         return jnp.mean(jnp.maximum(upper, 0))
 
     def phase(self, region: Known) -> Array:
-        return (region.center / _width(region))[None]
+        return (region.center / width_with_zero(region))[None]
 
 
 @jax.tree_util.register_dataclass
@@ -219,7 +219,7 @@ class ClippedReLUActivation(Elementwise):
         return jnp.mean(jnp.maximum(upper, 0) + weight_theta * jnp.maximum(self.theta - lower, 0))
 
     def phase(self, region: Known) -> Array:
-        return (jnp.minimum(region.center, self.theta - region.center) / _width(region))[None]
+        return (jnp.minimum(region.center, self.theta - region.center) / width_with_zero(region))[None]
 
 
 @jax.tree_util.register_dataclass
@@ -294,13 +294,13 @@ class LeakyReLUActivation(Elementwise):
         return Piece(self.slope, 0, -jnp.inf, 0), Piece(jnp.ones_like(self.slope), 0, 0, jnp.inf)
 
     def phase(self, region: Known) -> Array:
-        return (region.center / _width(region))[None]
+        return (region.center / width_with_zero(region))[None]
 
     def slopes(self, region: Known) -> Array:
         return jnp.where(region.center > 0, jnp.ones_like(region.center), self.slope)[None]
 
 
-def _width(region: Known) -> Array:
+def width_with_zero(region: Known) -> Array:
     """The width of a box that is stretched to contain 0, not less than 1e-12."""
     lower, upper = region.box
     return jnp.maximum(jnp.maximum(upper, 0) - jnp.minimum(lower, 0), 1e-12)

@@ -107,9 +107,32 @@ class Rescaled(Affine):
         return dataclasses.replace(self, inner=self.inner.frozen())
 
 
+@layer
+class OfTwo(Affine):
+    """A layer that is made of two others."""
+
+    first: Affine
+    second: Affine
+
+    @property
+    def terms(self) -> int:
+        return self.first.terms + self.second.terms
+
+    @property
+    def adjoint_terms(self) -> int:
+        return self.first.adjoint_terms + self.second.adjoint_terms
+
+    def frozen(self) -> Affine:
+        return dataclasses.replace(self, first=self.first.frozen(), second=self.second.frozen())
+
+    @property
+    def _is_small(self) -> bool:
+        return math.prod(self.in_shape) * math.prod(self.out_shape) <= SMALL
+
+
 @jax.tree_util.register_dataclass
 @layer
-class Added(Affine):
+class Added(OfTwo):
     """The sum of the matrices of two layers.
 
     Its ``|W|`` is that of both, added: what is rounded is so relative to both, though they may cancel. So are its row
@@ -120,19 +143,8 @@ class Added(Affine):
         second: the other.
     """
 
-    first: Affine
-    second: Affine
-
     def linear(self, a: Array) -> Array:
         return self.first.linear(a) + self.second.linear(a.reshape(self.second.in_shape)).reshape(self.out_shape)
-
-    @property
-    def terms(self) -> int:
-        return self.first.terms + self.second.terms
-
-    @property
-    def adjoint_terms(self) -> int:
-        return self.first.adjoint_terms + self.second.adjoint_terms
 
     def adjoint(self) -> Callable[[Array], Array]:
         first, second = self.first.adjoint(), self.second.adjoint()
@@ -158,17 +170,10 @@ class Added(Affine):
         of_second = self.second.row_norms(columns.reshape(self.second.in_shape))
         return self.first.row_norms(columns) + of_second.reshape(self.out_shape)
 
-    def frozen(self) -> Affine:
-        return dataclasses.replace(self, first=self.first.frozen(), second=self.second.frozen())
-
-    @property
-    def _is_small(self) -> bool:
-        return math.prod(self.in_shape) * math.prod(self.out_shape) <= SMALL
-
 
 @jax.tree_util.register_dataclass
 @layer
-class Composed(Affine):
+class Composed(OfTwo):
     """One layer behind another: the product of their matrices.
 
     Its ``|W|`` is the product of theirs, as what is rounded is relative to it. Its row norms are exact where the matrix
@@ -179,19 +184,8 @@ class Composed(Affine):
         second: that takes what the first gives, in C order.
     """
 
-    first: Affine
-    second: Affine
-
     def linear(self, a: Array) -> Array:
         return self.second.linear(self.first.linear(a).reshape(self.second.in_shape))
-
-    @property
-    def terms(self) -> int:
-        return self.first.terms + self.second.terms
-
-    @property
-    def adjoint_terms(self) -> int:
-        return self.first.adjoint_terms + self.second.adjoint_terms
 
     def adjoint(self) -> Callable[[Array], Array]:
         first, second = self.first.adjoint(), self.second.adjoint()
@@ -213,16 +207,13 @@ class Composed(Affine):
         return passed_on + self.second.flushed((middle + lost).reshape(self.second.in_shape))
 
     def row_norms(self, columns: Array) -> Array:
-        if math.prod(self.in_shape) * math.prod(self.out_shape) <= SMALL:
+        if self._is_small:
             return Affine.row_norms(self, columns)
         inner = self.first.row_norms(columns).reshape(self.second.in_shape)
         if isinstance(self.first, Gather):
             # Each row of the first has one entry; copies of one that meet in a row of the product add up.
             return math.sqrt(max(1, self.first.copies)) * self.second.row_norms(inner)
         return self.second.absolute(inner)
-
-    def frozen(self) -> Affine:
-        return dataclasses.replace(self, first=self.first.frozen(), second=self.second.frozen())
 
 
 def is_rearrangement(layer: Affine) -> bool:

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from lipjax.networks.activations import Activation, activation
+from lipjax.networks.activations import Activation, activation, width_with_zero
 from lipjax.networks.pieces import lowest
 from lipjax.networks.regions import Known
 
@@ -73,6 +73,9 @@ class Smooth(Activation):
     def slopes(self, region: Known) -> Array:
         return self.slope(region.center)[None]
 
+    def phase(self, region: Known) -> Array:
+        return (region.center / width_with_zero(region))[None]
+
     def minimum(self, c: Array, g: Array, weight: Array, region: Known) -> tuple[Array, Array]:
         """A lower bound: on each part of the box, that of the tangent at its middle less what the curvature allows.
 
@@ -117,6 +120,9 @@ class Saturating(Smooth):
 
     def errors(self, lower: Array, upper: Array) -> Array:
         return jnp.full_like(lower, self.float32_error)
+
+    def phase(self, region: Known) -> Array:
+        return Activation.phase(self, region)  # it has no side where it passes nothing on
 
 
 @jax.tree_util.register_dataclass
@@ -165,9 +171,6 @@ class SoftplusActivation(Smooth):
     def slope(self, z: Array) -> Array:
         return jax.nn.sigmoid(z)
 
-    def phase(self, region: Known) -> Array:
-        return _sign_phase(region)
-
 
 @jax.tree_util.register_dataclass
 @activation
@@ -182,9 +185,6 @@ class ELUActivation(Smooth):
 
     def slope(self, z: Array) -> Array:
         return jnp.exp(jnp.minimum(z, 0))
-
-    def phase(self, region: Known) -> Array:
-        return _sign_phase(region)
 
 
 @jax.tree_util.register_dataclass
@@ -204,9 +204,6 @@ class SiLUActivation(Smooth):
         on = jax.nn.sigmoid(z)
         return on * (1 + z * jax.nn.sigmoid(-z))
 
-    def phase(self, region: Known) -> Array:
-        return _sign_phase(region)
-
 
 @jax.tree_util.register_dataclass
 @activation
@@ -224,9 +221,6 @@ class GELUActivation(Smooth):
     def slope(self, z: Array) -> Array:
         density = jnp.exp(-(z**2) / 2) / math.sqrt(2 * math.pi)
         return jax.scipy.special.erfc(-z / math.sqrt(2)) / 2 + z * density
-
-    def phase(self, region: Known) -> Array:
-        return _sign_phase(region)
 
 
 @jax.tree_util.register_dataclass
@@ -248,16 +242,6 @@ class TanhGELUActivation(Smooth):
         # Where tanh is 1 to the last digit, its slope times a large z is a rounding alone.
         inner = root * (1 + 3 * 0.044715 * z**2)
         return (1 + bent) / 2 + z / 2 * (1 - bent**2) * inner
-
-    def phase(self, region: Known) -> Array:
-        return _sign_phase(region)
-
-
-def _sign_phase(region: Known) -> Array:
-    """Of an activation that passes on what is positive: by the center, over the width of the box with 0."""
-    lower, upper = region.box
-    width = jnp.maximum(jnp.maximum(upper, 0) - jnp.minimum(lower, 0), 1e-12)
-    return (region.center / width)[None]
 
 
 SMOOTH = (

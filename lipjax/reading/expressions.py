@@ -37,12 +37,12 @@ class Constant:
 class Name(str):
     """The name of an operation, which also knows where it stands."""
 
-    label: str
+    equation: tracing.Equation
 
-    def __new__(cls, name: str, label: str) -> Name:
+    def __new__(cls, name: str, equation: tracing.Equation) -> Name:
         """Of an equation."""
         self = super().__new__(cls, name)
-        self.label = label
+        self.equation = equation
         return self
 
 
@@ -133,7 +133,7 @@ def equal(a: Expression, b: Expression) -> bool:
     if a is b:
         return True
     if isinstance(a, Constant) and isinstance(b, Constant):
-        return a.array is b.array or (_known(a.array, b.array) and np.array_equal(a.array, b.array))
+        return a.array is b.array or (tracing.known(a.array, b.array) and np.array_equal(a.array, b.array))
     if isinstance(a, tuple) and isinstance(b, tuple):
         return a[:2] == b[:2] and len(a) == len(b) and all(map(equal, a[2:], b[2:]))
     return isinstance(a, str) and isinstance(b, str) and a == b
@@ -141,16 +141,12 @@ def equal(a: Expression, b: Expression) -> bool:
 
 def _close(a: Any, b: Any) -> bool:
     """Whether a constant is that of a pattern, ``a``, as far as that is known while tracing."""
-    if not _known(a, b):
+    if not tracing.known(a, b):
         return False
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     exact = np.all(2 * a == np.round(2 * a))  # 0, 0.5, 1, 6: nobody computes those
     near = a == b if exact else np.isclose(a, b, rtol=CLOSE, atol=0)
     return a.size > 0 and b.size > 0 and bool(np.all(near))
-
-
-def _known(*arrays: Any) -> bool:
-    return not any(isinstance(array, jax.core.Tracer) for array in arrays)
 
 
 def operation(equation: tracing.Equation, operands: list[Expression]) -> Expression:
@@ -161,9 +157,9 @@ def operation(equation: tracing.Equation, operands: list[Expression]) -> Express
         params = (("y", 2),)
     if equation.name in ("lt", "le"):
         operands = operands[::-1]
-    if equation.name in ("copy", "copy_p", "stop_gradient"):
+    if equation.name == "stop_gradient":
         return operands[0]
-    return (Name(name, equation.label), params, *operands)
+    return (Name(name, equation), params, *operands)
 
 
 @functools.cache
@@ -237,11 +233,10 @@ def _leaky(a: Any) -> LeakyReLUActivation:
 
 def _other_clip(a: Any, b: Any) -> Activation | None:
     """``max(min(x, b), a)``, which is the same as ``min(max(x, a), b)`` where a <= b."""
-    known = not any(isinstance(each, jax.core.Tracer) for each in (a, b))
-    return ClipActivation(_float(a), _float(b)) if known and np.all(np.asarray(a) <= np.asarray(b)) else None
+    return (
+        ClipActivation(_float(a), _float(b)) if tracing.known(a, b) and np.all(np.asarray(a) <= np.asarray(b)) else None
+    )
 
 
 def _within(value: Any, low: float, high: float) -> bool:
-    return not isinstance(value, jax.core.Tracer) and bool(
-        np.all((np.asarray(value) >= low) & (np.asarray(value) <= high))
-    )
+    return tracing.known(value) and bool(np.all((np.asarray(value) >= low) & (np.asarray(value) <= high)))

@@ -32,6 +32,7 @@ PADDED, FILLED = -2, -3  # places that this padding made, or that lie outside
 ENTRYWISE = {
     *(
         "add",
+        "add_any",
         "sub",
         "mul",
         "div",
@@ -40,45 +41,14 @@ ENTRYWISE = {
         "min",
         "abs",
         "sign",
-        "tanh",
-        "logistic",
-        "exp",
-        "exp2",
-        "log",
-        "log1p",
-    ),
-    *(
-        "expm1",
-        "erf",
-        "erfc",
         "integer_pow",
         "square",
         "pow",
         "sqrt",
-        "rsqrt",
-        "cbrt",
-        "ge",
-        "gt",
-        "le",
-        "lt",
-        "eq",
-        "ne",
     ),
-    *(
-        "select_n",
-        "clamp",
-        "sin",
-        "cos",
-        "atan2",
-        "stop_gradient",
-        "is_finite",
-        "not",
-        "and",
-        "or",
-        "add_any",
-        "sinh",
-        "cosh",
-    ),
+    *("rsqrt", "cbrt", "exp", "exp2", "log", "log1p", "expm1", "tanh", "logistic", "erf", "erfc", "sin", "cos", "sinh"),
+    *("cosh", "atan2", "ge", "gt", "le", "lt", "eq", "ne", "select_n", "clamp", "is_finite", "not", "and", "or"),
+    "stop_gradient",
 }
 
 
@@ -155,9 +125,8 @@ class Reader:
             each.expression if each is not None else Constant(self._constant(one, two, k, axis))
             for k, each in enumerate(operands)
         ]
-        padded = any(
-            (places < 0).any() for places in first.places
-        )  # what is zero there is not what an operation makes of it
+        # What is zero there is not what an operation makes of it.
+        padded = any((places < 0).any() for places in first.places)
         arranged = any(isinstance(part, Constant) and np.ndim(part.array) for part in parts)
         if moves(first) and (padded or arranged):
             value, axis = self._resolved(first, one.place)  # constants are arranged like the moved value
@@ -186,13 +155,11 @@ class Reader:
         first, second = (self._operand(each, place, side) for side, each in enumerate((one, two)))
         if np.ndim(first) == 0:
             return self._same_operand(one, two, place)
-        if isinstance(first, jax.core.Tracer) or isinstance(second, jax.core.Tracer):
+        if not tracing.known(first, second):
             alike, row = self._alike(one.inputs[place], axis), lax.index_in_dim(first, 0, axis, keepdims=False)
         else:
-            row, rows = (
-                np.take(np.asarray(first), 0, axis),
-                (np.moveaxis(np.asarray(k), axis, 0) for k in (first, second)),
-            )
+            row = np.take(np.asarray(first), 0, axis)
+            rows = (np.moveaxis(np.asarray(each), axis, 0) for each in (first, second))
             alike = all(np.array_equal(np.broadcast_to(row, each.shape), each, equal_nan=True) for each in rows)
         if not alike:
             raise UnsupportedError(
@@ -204,10 +171,9 @@ class Reader:
         """A constant operand that is the same for both batches. Raises UnsupportedError for any other."""
         number = one.inputs[place]
         first, second = (self._operand(each, place, side) for side, each in enumerate((one, two)))
-        if isinstance(number, int) and number not in self.unchanged:
-            traced = isinstance(first, jax.core.Tracer) or isinstance(second, jax.core.Tracer)
-            if traced or np.shape(first) != np.shape(second) or not np.array_equal(first, second, equal_nan=True):
-                raise UnsupportedError(f"{one.label} takes a constant that depends on the number of examples")
+        same = number in self.unchanged if isinstance(number, int) else True
+        if not (same or (tracing.known(first, second) and tracing.equal(first, second))):
+            raise UnsupportedError(f"{one.label} takes a constant that depends on the number of examples")
         return first
 
     def _alike(self, number: int | np.ndarray, axis: int) -> bool:
@@ -255,7 +221,7 @@ class Reader:
             dataclasses.replace(entry, places=(np.asarray(a, np.int32), np.asarray(b, np.int32)))
             for a, b in zip(*moved, strict=True)
         ]
-        if shift is not None and not (_known(shift) and np.all(np.asarray(shift) == 0)):
+        if shift is not None and not (tracing.known(shift) and np.all(np.asarray(shift) == 0)):
             value, axis = self._resolved(results[0], one.place)
             return [Entry.of(value.shifted(jnp.where(np.moveaxis(padded, axis, 0)[0], shift, 0.0)), axis)]
         return results
@@ -311,7 +277,3 @@ class Reader:
         if places.size == size and np.array_equal(places.ravel(), np.arange(size)):
             return (value if places.shape == value.shape else value.reshaped(places.shape)), axis
         return value.gathered(places), axis
-
-
-def _known(value: Any) -> bool:
-    return not isinstance(value, jax.core.Tracer)

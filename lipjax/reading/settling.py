@@ -68,4 +68,4 @@ def _innermost(expression: Expression) -> str:
     name, _, *operands = expression
     inner = [each for each in operands if isinstance(each, tuple)]
     nonlinear = [each for each in inner if expressions.affine(each) is None and expressions.match(each) is None]
-    return _innermost(nonlinear[0]) if nonlinear else getattr(name, "label", name)
+    return _innermost(nonlinear[0]) if nonlinear else name.equation.label

@@ -30,19 +30,26 @@ class Equation:
         params: its parameters.
         inputs: numbers of variables, or literals.
         outputs: numbers of variables.
-        place: where it stands in the source of the model.
+        source: what JAX knows about where it is from.
     """
 
     primitive: core.Primitive
     params: dict[str, Any]
     inputs: tuple[int | np.ndarray, ...]
     outputs: tuple[int, ...]
-    place: str
+    source: Any
 
     @property
     def name(self) -> str:
         """Of the primitive."""
         return self.primitive.name
+
+    @property
+    def place(self) -> str:
+        """Where it stands: the innermost line outside of Flax, which is the user's, and the innermost one."""
+        frames = [line.strip() for line in source_info_util.summarize(self.source, 30).splitlines()][::-1] or [""]
+        own = next((frame for frame in frames if f"{os.sep}flax{os.sep}" not in frame), frames[0])
+        return frames[0] if own == frames[0] else f"{own}, by {frames[0]}"
 
     @property
     def label(self) -> str:
@@ -112,28 +119,27 @@ def same_structure(one: Trace, other: Trace) -> bool:
 
 def _agree(a: Any, b: Any) -> bool:
     """Whether two constants may be the same: they have other shapes, are not known yet, or are equal."""
-    if a is b or np.shape(a) != np.shape(b) or any(isinstance(each, jax.core.Tracer) for each in (a, b)):
-        return True
-    return bool(np.array_equal(a, b, equal_nan=jnp.issubdtype(jnp.result_type(a), jnp.floating)))
+    return np.shape(a) != np.shape(b) or not known(a, b) or equal(a, b)
+
+
+def known(*arrays: Any) -> bool:
+    """Whether arrays are numbers, and not traced by somebody else."""
+    return not any(isinstance(array, jax.core.Tracer) for array in arrays)
+
+
+def equal(a: Any, b: Any) -> bool:
+    """Whether two known arrays are the same, or one and the same."""
+    return a is b or bool(np.array_equal(a, b, equal_nan=jnp.issubdtype(jnp.result_type(a), jnp.floating)))
 
 
 def unchanged(one: Trace, other: Trace) -> set[int]:
     """The variables that are the same numbers for both batches, whatever they are: by how they are computed."""
-    same = {
-        k
-        for k, value in one.constants.items()
-        if value is other.constants[k]
-        or (
-            np.shape(value) == np.shape(other.constants[k])
-            and not isinstance(value, jax.core.Tracer)
-            and not isinstance(other.constants[k], jax.core.Tracer)
-            and _agree(value, other.constants[k])
-        )
-    }
+    pairs = {number: (value, other.constants[number]) for number, value in one.constants.items()}
+    same = {number for number, (a, b) in pairs.items() if a is b or (known(a, b) and equal(a, b))}
     for a, b in zip(one.equations, other.equations, strict=True):
-        known = all(not isinstance(each, int) or each in same for each in a.inputs)
+        settled = all(not isinstance(each, int) or each in same for each in a.inputs)
         shapes = all(one.types[k].shape == other.types[k].shape for k in a.outputs)
-        if known and shapes and str(a.params) == str(b.params):
+        if settled and shapes and str(a.params) == str(b.params):
             same |= set(a.outputs)
     return same
 
@@ -164,8 +170,8 @@ def inline(jaxpr: Any, consts: list, arguments: list, found: Trace) -> list:
             outputs = inline(*inner, inputs, found)
         else:
             outputs = [found.new(variable) for variable in each.outvars]
-            place = _place(each.source_info)
-            found.equations.append(Equation(each.primitive, each.params, tuple(inputs), tuple(outputs), place))
+            of = each.primitive, each.params, tuple(inputs), tuple(outputs), each.source_info
+            found.equations.append(Equation(*of))
         numbers.update(zip(each.outvars, outputs, strict=True))
     return [operand(variable) for variable in jaxpr.outvars]
 
@@ -179,13 +185,6 @@ def _called(equation: Any) -> tuple[Any, list] | None:
         if inner is not None:
             return (inner.jaxpr, list(inner.consts)) if hasattr(inner, "consts") else (inner, [])  # closed, or open
     return None
-
-
-def _place(source: Any) -> str:
-    """The innermost line, and the innermost one outside of Flax, which is the user's."""
-    frames = [line.strip() for line in source_info_util.summarize(source, 30).splitlines()][::-1] or [""]
-    own = next((frame for frame in frames if f"{os.sep}flax{os.sep}" not in frame), frames[0])
-    return frames[0] if own == frames[0] else f"{own}, by {frames[0]}"
 
 
 def constants_of(trace: Trace) -> dict[int, Any]:

@@ -1,5 +1,7 @@
 """Folding: affine layers with scales before or after them, and sums of affine layers, are affine layers again.
 
+One behind another: :mod:`lipjax.networks.composing`.
+
 Folding is exact but for the rounding of the parameters. A bound of one folded layer is better than the product of
 bounds of its parts.
 """
@@ -16,7 +18,6 @@ import jax.numpy as jnp
 from jax import Array
 
 from lipjax.networks.layers import Affine, Conv, Dense, Scale, layer
-from lipjax.networks.rearranging import Gather, SumOver, composed_places
 
 SMALL = 2**20  # entries of a matrix that may be made where there is another way
 
@@ -126,7 +127,8 @@ class OfTwo(Affine):
         return dataclasses.replace(self, first=self.first.frozen(), second=self.second.frozen())
 
     @property
-    def _is_small(self) -> bool:
+    def is_small(self) -> bool:
+        """Whether its matrix may be made where there is another way."""
         return math.prod(self.in_shape) * math.prod(self.out_shape) <= SMALL
 
 
@@ -165,81 +167,10 @@ class Added(OfTwo):
         return self.first.flushed(r) + of_second.reshape(self.out_shape) + 1
 
     def row_norms(self, columns: Array) -> Array:
-        if self._is_small:
+        if self.is_small:
             return Affine.row_norms(self, columns)
         of_second = self.second.row_norms(columns.reshape(self.second.in_shape))
         return self.first.row_norms(columns) + of_second.reshape(self.out_shape)
-
-
-@jax.tree_util.register_dataclass
-@layer
-class Composed(OfTwo):
-    """One layer behind another: the product of their matrices.
-
-    Its ``|W|`` is the product of theirs, as what is rounded is relative to it. Its row norms are exact where the matrix
-    is small, or where the first layer copies no entry and adds none; else they are bounds.
-
-    Attributes:
-        first: that takes the input.
-        second: that takes what the first gives, in C order.
-    """
-
-    def linear(self, a: Array) -> Array:
-        return self.second.linear(self.first.linear(a).reshape(self.second.in_shape))
-
-    def adjoint(self) -> Callable[[Array], Array]:
-        first, second = self.first.adjoint(), self.second.adjoint()
-        return lambda z: first(second(z).reshape(self.first.out_shape))
-
-    def absolute(self, r: Array) -> Array:
-        return self.second.absolute(self.first.absolute(r).reshape(self.second.in_shape))
-
-    def absolute_adjoint(self, s: Array) -> Array:
-        return self.first.absolute_adjoint(self.second.absolute_adjoint(s).reshape(self.first.out_shape))
-
-    def partial(self, r: Array) -> Array:
-        middle = self.first.absolute(r).reshape(self.second.in_shape)
-        return jnp.maximum(self.second.partial(middle), jnp.max(self.first.partial(r)))
-
-    def flushed(self, r: Array) -> Array:
-        middle, lost = self.first.absolute(r), self.first.flushed(r)
-        passed_on = self.second.absolute(lost.reshape(self.second.in_shape))
-        return passed_on + self.second.flushed((middle + lost).reshape(self.second.in_shape))
-
-    def row_norms(self, columns: Array) -> Array:
-        if self._is_small:
-            return Affine.row_norms(self, columns)
-        inner = self.first.row_norms(columns).reshape(self.second.in_shape)
-        if isinstance(self.first, Gather):
-            # Each row of the first has one entry; copies of one that meet in a row of the product add up.
-            return math.sqrt(max(1, self.first.copies)) * self.second.row_norms(inner)
-        return self.second.absolute(inner)
-
-
-def is_rearrangement(layer: Affine) -> bool:
-    """Whether a layer only moves, adds and scales entries: what it is folded with costs no more than before."""
-    return isinstance(layer, Gather | SumOver) or (isinstance(layer, Rescaled) and is_rearrangement(layer.inner))
-
-
-def composed(first: Affine, second: Affine) -> Affine:
-    """The layer with the product of two matrices, and the bias of the second.
-
-    Args:
-        first: that takes the input.
-        second: that takes what the first gives, in C order.
-    """
-    if isinstance(first, Gather) and isinstance(second, Gather):
-        return composed_places(first, second)
-    if isinstance(second, Dense) and is_rearrangement(first):
-        rows = jax.vmap(first.adjoint())(second.kernel.T.reshape(-1, *first.out_shape))
-        kernel = rows.reshape(len(rows), -1).T
-        return Dense(kernel=kernel, bias=second.bias, in_shape=first.in_shape, out_shape=second.out_shape)
-    if isinstance(first, Dense) and isinstance(second, Gather):
-        kernel = jax.vmap(second.linear)(first.kernel.reshape(-1, *second.in_shape)).reshape(len(first.kernel), -1)
-        bias = jnp.zeros(second.out_shape, first.dtype)
-        return Dense(kernel=kernel, bias=bias, in_shape=first.in_shape, out_shape=second.out_shape)
-    bias = second.bias if second.dtype == first.dtype else second.bias.astype(first.dtype)
-    return Composed(bias=bias, in_shape=first.in_shape, out_shape=second.out_shape, first=first, second=second)
 
 
 @rescaled.register

@@ -16,7 +16,7 @@ import math
 import jax.numpy as jnp
 from jax import Array
 
-from lipjax.networks import folding
+from lipjax.networks import composing, folding
 from lipjax.networks.activations import Activation
 from lipjax.networks.graph import Concatenation, Graph, Network, Sum
 from lipjax.networks.layers import Affine, Dense, Scale, Shape, dense
@@ -69,17 +69,17 @@ class Value:
         """
         if math.prod(layer.in_shape) != math.prod(self.shape):
             raise ValueError(f"{type(layer).__name__} takes {layer.in_shape}, but its input has shape {self.shape}")
-        term, shift = self.terms[0], layer.shift
-        behind = term.layer is not None
-        if len(self.terms) != 1 or (behind and not any(map(folding.is_rearrangement, (layer, term.layer)))):
+        (term, *others), whole = self.terms, layer
+        if term.layer is not None:
+            whole = composing.composed(term.layer, layer)
+        elif term.scale is not None:
+            whole = folding.rescaled(layer, before=_arranged(term.scale, self.shape, layer.in_shape))
+        if others or whole is None:
             return self.settled().affine(layer)
+        shift = layer.shift
         if self.shift is not None:
             shift = shift + layer.linear(jnp.broadcast_to(self.shift, self.shape).reshape(layer.in_shape))
-        if term.scale is not None:
-            layer = folding.rescaled(layer, before=_arranged(term.scale, self.shape, layer.in_shape))
-        elif term.layer is not None:
-            layer = folding.composed(term.layer, layer)
-        return Value(self.graph, layer.out_shape, (Term(term.node, layer),), shift)
+        return Value(self.graph, layer.out_shape, (Term(term.node, whole),), shift)
 
     def rescaled(self, scale: Array, shift: Array | None = None) -> Value:
         """``scale * a + shift`` entry by entry, for arrays that broadcast to this value."""

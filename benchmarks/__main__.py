@@ -45,6 +45,9 @@ def main() -> None:
     dual_step("4c3f", (28, 28, 1), 256, 5, rounds, target=2.0)
     ascent_step("mlp", (28, 28, 1), 64, rounds, target=4.0)
     ascent_step("4c3f", (28, 28, 1), 32, rounds, target=8.0)
+    print()
+    smooth_step("4c3f", (28, 28, 1), 256, 5, rounds)
+    reading("6c2f", (32, 32, 3), rounds)
 
 
 def step_parts(architecture: str, shape: tuple, batch_size: int, num_iters: int, rounds: int, target: float) -> None:
@@ -107,20 +110,11 @@ def step_parts(architecture: str, shape: tuple, batch_size: int, num_iters: int,
 
 def dual_step(architecture: str, shape: tuple, batch_size: int, num_iters: int, rounds: int, target: float) -> None:
     """A training step through the dual against one rival, in steps through the Lipschitz margin."""
-    model = architectures.classifier(architecture, "clipped_relu", shape, 10, rngs=nnx.Rngs(0))
-    graphdef, params = nnx.split(model, nnx.Param)
-    network = flax.from_flax(model, shape)
     margins_of = {"local_gloro": methods.forward(margins.pairwise_lipschitz), "local_dual": methods.DualMargins(1)}
-    functions = {}
-    for name, margin in margins_of.items():
-        method = _method(num_iters, margin)
-        layers = method.objective.layers(network)
-        vectors = jax.jit(training_step.initial_vectors)(layers, jax.random.key(0))
-        rule = method.objective.rule(network)
-        state, data, batch = _state(method, params, vectors, shape, batch_size, rule)
-        functions[name] = _stepping(
-            training_step.mapped(training_step.train_step, method, graphdef), state, data, batch
-        )
+    functions = {
+        name: _steps_of(architecture, "clipped_relu", _method(num_iters, margin), shape, batch_size)
+        for name, margin in margins_of.items()
+    }
     times = _timed(functions, rounds)
     ratio = times["local_dual"] / times["local_gloro"]
     print(f"{architecture}: a step of local_dual with one rival takes {ratio:.2f} of local_gloro (target {target:g})")
@@ -143,6 +137,39 @@ def ascent_step(architecture: str, shape: tuple, pairs: int, rounds: int, target
     times = _timed({"forward": lambda: forward(network, x), **parts}, rounds)
     step = (times[25] - times[5]) / 20 / times["forward"]
     print(f"{architecture}: a step of ascent takes {step:.1f} forward passes for each pair (target {target:g})")
+
+
+def smooth_step(architecture: str, shape: tuple, batch_size: int, num_iters: int, rounds: int) -> None:
+    """A training step of a network with GELU, whose rows have weights, in steps of one with clipped ReLU and masks."""
+    method = _method(num_iters, methods.forward(margins.pairwise_lipschitz))
+    names = ("clipped_relu", "gelu")
+    functions = {name: _steps_of(architecture, name, method, shape, batch_size) for name in names}
+    forward, x = jax.jit(lambda network, x: network(x)), jax.random.uniform(jax.random.key(0), (batch_size, *shape))
+    passes = {}
+    for name in names:
+        network = flax.from_flax(architectures.classifier(architecture, name, shape, 10, rngs=nnx.Rngs(0)), shape)
+        passes[f"forward {name}"] = functools.partial(forward, network, x)
+    times = _timed({**functions, **passes}, rounds)
+    step, one = (times[f"{kind}gelu"] / times[f"{kind}clipped_relu"] for kind in ("", "forward "))
+    print(f"{architecture}: a step with GELU takes {step:.2f} of one with clipped ReLU, a forward pass {one:.2f}")
+
+
+def reading(architecture: str, shape: tuple, rounds: int) -> None:
+    """Reading a model by its types, and a function by its jaxpr, in compiled forward passes of one batch of 64."""
+    model = architectures.classifier(architecture, "relu", shape, 10, rngs=nnx.Rngs(0))
+    network = flax.from_flax(model, shape)
+    forward, x = jax.jit(lambda network, x: network(x)), jnp.zeros((64, *shape))
+    parts = {
+        "forward": lambda: forward(network, x),
+        "types": lambda: flax.from_flax(model, shape),
+        "equations": lambda: flax.from_function(lambda x: model(x), shape),
+    }
+    times = _timed(parts, rounds)
+    types, equations = (times[name] / times["forward"] for name in ("types", "equations"))
+    print(
+        f"{architecture}: reading takes {types:.1f} forward passes of 64 images by the types of its modules, "
+        f"{equations:.1f} by its equations (the comparison of both with the model included)"
+    )
 
 
 def loop_against_no_loop(rounds: int) -> None:
@@ -172,6 +199,17 @@ def loop_against_no_loop(rounds: int) -> None:
         functions = {loop: jax.jit(lambda k, x, loop=loop: products(k, x, loop)) for loop in (True, False)}
         times = _timed({loop: (lambda f=f: f(kernel, x)) for loop, f in functions.items()}, rounds)  # noqa: B023
         print(f"convolution {name}: inside a loop {times[True] / times[False]:.2f} of outside (target: at most 1.5)")
+
+
+def _steps_of(architecture: str, activation: str, method: methods.Method, shape: tuple, batch_size: int) -> Callable:
+    """A function that makes one training step of a network after the other."""
+    model = architectures.classifier(architecture, activation, shape, 10, rngs=nnx.Rngs(0))
+    graphdef, params = nnx.split(model, nnx.Param)
+    network = flax.from_flax(model, shape)
+    vectors = jax.jit(training_step.initial_vectors)(method.objective.layers(network), jax.random.key(0))
+    rule = method.objective.rule(network)
+    state, data, batch = _state(method, params, vectors, shape, batch_size, rule)
+    return _stepping(training_step.mapped(training_step.train_step, method, graphdef), state, data, batch)
 
 
 def _stepping(

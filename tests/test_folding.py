@@ -17,8 +17,10 @@ from test_own_parts import Cayley
 
 import lipjax
 from lipjax import convolution, dense, from_flax
-from lipjax.networks import folding
-from lipjax.networks.layers import identity
+from lipjax.networks import composing, folding
+from lipjax.networks.blocks import blocks
+from lipjax.networks.layers import Conv, identity
+from lipjax.networks.rearranging import gather
 
 IMAGE = (5, 4, 2)
 RNG = np.random.default_rng
@@ -63,6 +65,7 @@ LAYERS = {
     "strided convolution": lambda rng: conv_layer(rng, 3, 4, 2),
     "identity": lambda rng: identity(IMAGE),
     "Cayley": lambda rng: cayley(rng, 6),
+    "blocks": lambda rng: blocks(jnp.asarray(rng.standard_normal((2, 3, 4)), jnp.float32), jnp.zeros(4), places=5),
 }
 
 
@@ -135,6 +138,43 @@ def test_a_sum_of_layers_is_the_sum_of_their_dense_matrices(name, large, monkeyp
     check_facts(joined, matrix_of(first) + matrix_of(second), rng, exact=not isinstance(joined, folding.Added))
     if name in ("two convolutions", "two strided ones of other sizes", "convolution and identity"):
         assert type(joined) is type(first)
+
+
+BEHIND = {
+    "two convolutions": (lambda rng: conv_layer(rng, 4, 3, 2, 1), lambda rng, s: conv_layer(rng, 3, 2, 1, 0, s)),
+    "two strided ones": (lambda rng: conv_layer(rng, 4, 2, 1, 1), lambda rng, s: conv_layer(rng, 3, 2, 2, 0, s)),
+    "two that both pad": (lambda rng: conv_layer(rng, 4, 3, 2, 1), lambda rng, s: conv_layer(rng, 3, 3, 1, 1, s)),
+    "convolution and dense": (conv_layer, lambda rng, s: dense_layer(rng, math.prod(s), 4, s)),
+    "Cayley and dense": (lambda rng: cayley(rng, 6), lambda rng, s: dense_layer(rng, 6, 4)),
+    "dense and blocks": (lambda rng: dense_layer(rng, 7, 30), lambda rng, s: LAYERS["blocks"](rng)),
+    "two rearrangements": (
+        lambda rng: gather(rng.integers(-1, 40, (3, 8)), IMAGE),
+        lambda rng, s: gather(rng.integers(-1, 24, (5,)), s),
+    ),
+    "padding and convolution": (
+        lambda rng: gather(np.pad(np.arange(40).reshape(IMAGE), ((1, 1), (0, 0), (0, 0)), mode="wrap"), IMAGE),
+        lambda rng, s: conv_layer(rng, shape=s),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BEHIND)
+def test_layers_behind_each_other_are_the_product_of_their_dense_matrices(name):
+    rng = RNG(3)
+    of_first, of_second = BEHIND[name]
+    first = of_first(rng)
+    second = of_second(rng, first.out_shape)
+    whole = composing.composed(first, second)
+    check_facts(whole, matrix_of(second) @ matrix_of(first), rng, exact=not isinstance(whole, composing.Composed))
+    np.testing.assert_array_equal(whole.shift + jnp.zeros(whole.out_shape), second.shift + jnp.zeros(second.out_shape))
+    assert type(whole) is {"two convolutions": Conv, "two strided ones": Conv}.get(name, type(whole))
+
+
+def test_large_products_without_a_kernel_are_left_alone(monkeypatch):
+    rng = RNG(4)
+    monkeypatch.setattr(composing, "SMALL", 0)
+    for first in (conv_layer(rng), cayley(rng, 40)):
+        assert composing.composed(first, conv_layer(rng)) is None
 
 
 @settings(max_examples=20, deadline=None)

@@ -208,10 +208,17 @@ def test_convolutions_that_are_known_by_their_trace(options):
     assert_same(nnx.Sequential(conv(2, 2, **options), architectures.flatten, linear(50, 3)), (5, 5, 2))
 
 
-def test_unsupported_options_of_convolutions_are_named():
+def test_zeros_between_pixels_are_read():
     layer = conv(2, 2, input_dilation=(2, 1), padding=1)
-    with pytest.raises(TypeError, match="a transposed convolution"):
-        from_flax(nnx.Sequential(layer, architectures.flatten, linear(90, 3)), (5, 5, 2))
+    model = nnx.Sequential(layer, nnx.relu, architectures.flatten, linear(90, 3))
+    x = jnp.asarray(np.random.default_rng(0).uniform(size=(2, 5, 5, 2)), jnp.float32)
+    np.testing.assert_allclose(from_flax(model, (5, 5, 2))(x), model(x), rtol=1e-5, atol=1e-5)
+
+
+def test_convolutions_of_volumes_are_refused():
+    layer = nnx.Conv(2, 2, (3, 3, 3), rngs=nnx.Rngs(0))
+    with pytest.raises(TypeError, match="a convolution with 3 dimensions"):
+        from_flax(nnx.Sequential(layer, architectures.flatten, linear(250, 3)), (5, 5, 5, 2))
 
 
 def test_structures_that_are_no_classifier_are_refused():

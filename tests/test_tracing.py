@@ -129,11 +129,54 @@ class Ported(nnx.Module):
         return self.head(jnp.transpose(x, (0, 3, 1, 2)).reshape(x.shape[0], -1))
 
 
+class Stretches(nnx.Module):
+    """Linear stretches: a separable convolution, a transposed one, and a head of two dense layers."""
+
+    def __init__(self, rngs):
+        self.depthwise = nnx.Conv(2, 4, (3, 3), feature_group_count=2, rngs=rngs)
+        self.pointwise = nnx.Conv(4, 6, (1, 1), strides=2, rngs=rngs)
+        self.up = nnx.ConvTranspose(6, 3, (3, 3), strides=(2, 2), rngs=rngs)
+        self.low, self.head = nnx.Linear(108, 4, rngs=rngs), nnx.Linear(4, 3, rngs=rngs)
+
+    def __call__(self, x):
+        x = nnx.relu(self.pointwise(self.depthwise(x)))
+        return self.head(self.low(nnx.tanh(self.up(x)).reshape(x.shape[0], -1)))
+
+
+class Normalised(nnx.Module):
+    """Weights divided by their norms, which are constants when the model is read."""
+
+    def __init__(self, rngs):
+        self.conv = nnx.WeightNorm(nnx.Conv(2, 4, (3, 3), rngs=rngs), rngs=rngs)
+        self.dense = nnx.SpectralNorm(nnx.Linear(144, 5, rngs=rngs), rngs=rngs)
+        self.head = nnx.Linear(5, 3, rngs=rngs)
+
+    def __call__(self, x):
+        x = nnx.relu(self.conv(x)).reshape(x.shape[0], -1)
+        return self.head(nnx.relu(self.dense(x, update_stats=False)))
+
+
+class OwnMaxMin(nnx.Module):
+    """MaxMin and maxima as people write them, heads of their own (einsum), a clamp and a part under checkpoint."""
+
+    def __init__(self, rngs):
+        self.first, self.second = nnx.Linear(6, 8, rngs=rngs), nnx.Linear(6, 8, rngs=rngs)
+        self.heads = nnx.Param(nnx.initializers.lecun_normal()(rngs.params(), (2, 4, 3)))
+        self.head = nnx.Linear(6, 3, rngs=rngs)
+
+    def __call__(self, x):
+        a, b = jnp.split(self.first(x), 2, axis=-1)
+        x = jnp.concatenate([jnp.maximum(a, b), jnp.minimum(a, b)], axis=-1) + jnp.maximum(self.second(x), 0.1)
+        x = jax.checkpoint(lambda x: jax.lax.clamp(-0.5, jnp.maximum(x, -x[:, ::-1]), 0.9))(x)
+        return self.head(jnp.einsum("bhc,hcd->bhd", x.reshape(-1, 2, 4), self.heads[...]).reshape(-1, 6))
+
+
 IMAGE = (6, 6, 2)
 MODELS = {
     **{"resnet": (ResNet, IMAGE), "densenet": (DenseBlock, IMAGE), "all convolutional": (AllConvolutional, IMAGE)},
     **{"patches": (Patches, IMAGE), "signal": (Signal, (12, 2)), "tabular": (Tabular, (6,)), "pairs": (Pairs, (6,))},
-    "ported": (Ported, IMAGE),
+    **{"ported": (Ported, IMAGE), "stretches": (Stretches, IMAGE), "normalised": (Normalised, IMAGE)},
+    "own MaxMin": (OwnMaxMin, (6,)),
 }
 
 
@@ -181,8 +224,8 @@ def test_samples_and_jacobians_obey_bounds_and_attacks_break_nothing(name):
 
 
 def test_linear_stretches_have_the_norms_of_their_matrices():
-    """By SVD: transposes, padding and means fold into the layers beside them, and cost nothing."""
-    for name, expected in (("ported", 1), ("all convolutional", 1), ("pairs", 2)):
+    """By SVD: what is linear between two activations is one layer, whatever it was written as."""
+    for name, expected in {"ported": 1, "all convolutional": 1, "pairs": 2, "stretches": 2, "normalised": 2}.items():
         _, network, _ = read(name)
         assert len(network.layers) == expected, name
         for layer in (*network.layers, network.head):
@@ -195,6 +238,52 @@ def test_linear_stretches_have_the_norms_of_their_matrices():
     _, network, _ = read("all convolutional")
     exact = oracles.spectral_norm(np.asarray(network.layers[0].matrix(), np.float64))
     assert exact <= lipjax.global_lipschitz(network, level="deterministic") <= exact * (1 + 1e-6)
+
+
+STRETCHES = {
+    "two convolutions": ((8, 8, 2), lambda x, w: conv(conv(x, w[:3, :3, :2, :4], 1), w[:2, :2, :4, :3], 2, "VALID")),
+    "three convolutions": (
+        (8, 8, 2),
+        lambda x, w: conv(conv(conv(x, w[:1, :1, :2, :2], 2), w[:3, :2, :2, :2], 1), w[:1, :1, :2, :4], 1, "VALID"),
+    ),
+    "a convolution and its mean": ((6, 6, 2), lambda x, w: conv(x, w[:3, :3, :2, :4], 1).mean((1, 2))),
+    "padded twice": ((5, 5, 1), lambda x, w: conv(conv(x, w[:3, :3, :1, :2], 1), w[:3, :3, :2, :2], 1)),
+    "matrices on both sides": ((4, 3), lambda x, w: jnp.einsum("ij,bjk,kl->bil", w[0, 0], x, w[1, 1, :3, :3])),
+    "blocks": ((2, 5, 4), lambda x, w: jnp.einsum("gio,bgpi->bpgo", w[0, :2], x)[:, 1:] * 2),
+    "a low rank": ((40, 30), lambda x, w: x.reshape(-1, 1200) @ jnp.tile(w[0, 0], (300, 1)) @ jnp.tile(w[1, 1], 300)),
+}
+
+
+def conv(x, kernel, stride, padding="SAME"):
+    return jax.lax.conv_general_dilated(x, kernel, (stride,) * 2, padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+
+@pytest.mark.parametrize("name", STRETCHES)
+def test_a_linear_stretch_is_one_layer_with_the_norm_of_its_matrix(name):
+    shape, function = STRETCHES[name]
+    kernel = jnp.asarray(np.random.default_rng(6).normal(size=(4, 4, 4, 4)), jnp.float32)
+    found = jax.eval_shape(lambda: function(jnp.zeros((2, *shape)), kernel))
+    head = jnp.ones((np.prod(found.shape[1:]), 2))
+
+    def whole(x):
+        return jax.nn.relu(function(x, kernel) + 0.3).reshape(x.shape[0], -1) @ head
+
+    network = lipjax.from_function(whole, shape)
+    linear = jax.jacobian(lambda x: function(x[None], kernel)[0])(jnp.zeros(shape))
+    matrix = np.asarray(linear, np.float64).reshape(-1, np.prod(shape))
+    if name == "a low rank":  # the product is larger than both, and has no kernel
+        assert len(network.layers) == 2
+        return
+    (layer,) = network.layers
+    close = {"rtol": 1e-4, "atol": 1e-5 * np.abs(matrix).max()}
+    np.testing.assert_allclose(layer.matrix(), matrix, **close)
+    live = np.random.default_rng(7).random(shape) < 0.6
+    np.testing.assert_allclose(
+        np.ravel(layer.row_norms(jnp.asarray(live))), np.linalg.norm(matrix * live.ravel(), axis=1), **close
+    )
+    exact = oracles.spectral_norm(matrix)
+    constant = lipjax.global_lipschitz(network, level="deterministic")
+    assert exact * (1 - 1e-6) <= constant <= exact * (1 + 1e-5)
 
 
 def test_a_shared_value_is_one_node():
@@ -309,6 +398,9 @@ STEPS = {
     "gelu": lambda w: nnx.gelu,
     "clip": lambda w: lambda x: jnp.clip(x, -0.5, 0.7),
     "maximum": lambda w: lambda x: jnp.maximum(x, 0.1) + jnp.minimum(x, 0.3),
+    "own pairs": lambda w: lambda x: jnp.concatenate([jnp.maximum(x, x[:, ::-1]), jnp.minimum(x, w[0, 0])], 1)[:, 2:6],
+    "blocks": lambda w: lambda x: jnp.einsum("bgi,gio->bgo", x, w[:, :2, None] * np.ones((1, 1, 2), np.float32)),
+    "clamp": lambda w: lambda x: jax.lax.clamp(np.float32(-0.2), x, np.float32(0.6)),
     "group sort": lambda w: lambda x: jnp.sort(x.reshape(-1, 4, 1, 2), axis=-1).reshape(x.shape),
     "abs": lambda w: jnp.abs,
     "window": lambda w: lambda x: nnx.avg_pool(x, (2,), (1,), ((0, 1),)),

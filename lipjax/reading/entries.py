@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from lipjax.reading.expressions import Expression
+from lipjax.reading.expressions import Expression, equal
 from lipjax.reading.values import Value
 
 
@@ -73,6 +73,17 @@ def moves(entry: Entry) -> bool:
     )
 
 
+def drops(entry: Entry) -> bool:
+    """Whether an entry leaves out numbers of its value."""
+    taken = entry.places[0]
+    return np.unique(taken[taken >= 0]).size < 2 * math.prod(entry.value.shape)
+
+
 def same_places(a: Entry, b: Entry) -> bool:
     """Whether two entries are moved alike."""
     return all(x is y or np.array_equal(x, y) for x, y in zip(a.places, b.places, strict=True))
+
+
+def same(a: Entry, b: Entry) -> bool:
+    """Whether two entries are the same."""
+    return a.value is b.value and equal(a.expression, b.expression) and same_places(a, b)

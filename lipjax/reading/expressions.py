@@ -184,6 +184,10 @@ def _patterns() -> tuple[Pattern, ...]:
         (lambda x, a: jnp.maximum(x, a * x), lambda a: _leaky(a) if _within(a, 0, 1) else None),
         (lambda x, a, b: jnp.minimum(jnp.maximum(x, a), b), lambda a, b: ClipActivation(*map(_float, (a, b)))),
         (lambda x, a, b: jnp.maximum(jnp.minimum(x, b), a), _other_clip),
+        (
+            lambda x, a, b: jax.lax.clamp(a, x, b),  # whatever the order, the same as jnp.clip
+            lambda a, b: ClipActivation(*map(_float, (a, b))),
+        ),
         (lambda x, a: jnp.maximum(x, a), lambda a: ClipActivation(_float(a), jnp.float32(jnp.inf))),
         (lambda x, b: jnp.minimum(x, b), lambda b: ClipActivation(jnp.float32(-jnp.inf), _float(b))),
     ]

@@ -34,10 +34,11 @@ def from_flax(
     Args:
         model: any module that takes a batch and gives logits; the last operation must be affine. A ``Sequential`` is
             read element by element; what is not known as a whole is traced, and its jaxpr is read. Supported: dense
-            layers, convolutions (1-D and 2-D), products with constants, batch norm in inference mode, sums,
-            differences and concatenations of branches, everything that moves entries (reshapes, transposes, slices,
-            padding), sums and means over axes, average and max pooling; the activations of ``jax.nn`` (see
-            ``lipjax.reading.activations``), clips, and the modules of lipjax.
+            layers, convolutions (1-D and 2-D, transposed ones as well), products with constants (einsum), batch norm
+            in inference mode, weight and spectral normalisation, sums, differences, maxima, minima and concatenations
+            of branches, everything that moves entries (reshapes, transposes, slices, padding), sums and means over
+            axes, average and max pooling; the activations of ``jax.nn`` (see ``lipjax.reading.activations``), clips,
+            and the modules of lipjax. What is linear between two activations becomes one layer.
         variables: of a Linen model, with ``params`` and, for batch norm, ``batch_stats``. Not for NNX.
         input_shape: shape of one input without the batch axis, images as (H, W, C).
 
@@ -66,8 +67,7 @@ def from_flax(
             f"from_flax reads modules of flax.nnx or flax.linen, not {type(model).__name__}; from_function reads "
             "functions"
         )
-    forward = (lambda x: model.apply(variables, x)) if isinstance(model, nn.Module) else model
-    return _read(model, forward, readers.Place("", variables), tuple(input_shape))
+    return _read(model, readers.Place("", variables), tuple(input_shape))
 
 
 def from_function(function: Callable[[Array], Array], input_shape: tuple[int, ...]) -> Network:
@@ -84,13 +84,13 @@ def from_function(function: Callable[[Array], Array], input_shape: tuple[int, ..
     Raises:
         TypeError, ValueError: as :func:`from_flax`.
     """
-    return _read(function, function, readers.Place("", None), tuple(input_shape))
+    return _read(function, readers.Place("", None), tuple(input_shape))
 
 
-def _read(model: Any, forward: Callable[[Array], Array], place: readers.Place, input_shape: tuple[int, ...]) -> Network:
+def _read(model: Any, place: readers.Place, input_shape: tuple[int, ...]) -> Network:
     network = place.read(model, Value.of_input(input_shape)).network()
     if not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((network, place.variables))):
-        _compare(network, forward, input_shape)
+        _compare(network, place.forward(model), input_shape)
     return network
 
 

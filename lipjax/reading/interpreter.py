@@ -16,8 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from lipjax.networks.maxmin import MaxMinActivation
 from lipjax.reading import expressions, linear, tracing
-from lipjax.reading.entries import Entry, UnsupportedError, axis_of, moves, same_places
+from lipjax.reading.entries import Entry, UnsupportedError, axis_of, drops, moves, same, same_places
 from lipjax.reading.expressions import Constant
 from lipjax.reading.settling import Settler
 from lipjax.reading.tracing import Equation, Trace
@@ -67,6 +68,8 @@ class Reader:
         self.made_by = {number: each for each in self.trace.equations for number in each.outputs}
         self.entries: dict[int, Entry] = {self.trace.input: Entry.of(value)}
         self.settler = Settler()
+        self.gathers: list[tuple[Value, np.ndarray, Value]] = []
+        self.pairs: list[tuple[list[Entry], dict[str, Entry]]] = []  # that were compared
 
     def read(self) -> Value:
         """The value that the function gives."""
@@ -115,11 +118,11 @@ class Reader:
     def _entrywise(self, one: Equation, two: Equation, operands: list[Entry | None]) -> Entry:
         shapes = self.trace.types[one.outputs[0]].shape, self.other.types[two.outputs[0]].shape
         operands = [None if each is None else each.broadcast(*shapes) for each in operands]
-        mine = [each for each in operands if each is not None]
-        first = mine[0]
-        same = all(each.value is first.value and same_places(each, first) for each in mine)
-        if not same:
-            return self._of_two(one, mine)
+        given = [each for each in operands if each is not None]
+        operands = [None if each is None else self._undropped(each, one.place) for each in operands]
+        first, *rest = (each for each in operands if each is not None)
+        if not all(each.value is first.value and same_places(each, first) for each in rest):
+            return self._of_two(one, given)
         axis = axis_of(first, one.place)
         parts = [
             each.expression if each is not None else Constant(self._constant(one, two, k, axis))
@@ -135,16 +138,32 @@ class Reader:
         return dataclasses.replace(first, expression=expressions.operation(one, parts))
 
     def _of_two(self, one: Equation, mine: list[Entry]) -> Entry:
-        """A sum or a difference of two values."""
+        """A sum, a difference, a maximum or a minimum of two values."""
+        if one.name in ("max", "min"):
+            return self._larger_and_smaller(one, mine)[one.name]
         if one.name not in ("add", "sub", "add_any") or len(mine) != 2:
             raise UnsupportedError(
-                f"{one.label} joins two values that both depend on the input; sums, differences and "
-                "concatenations of them are supported, products and maxima are not (lipjax.MaxMin is)"
+                f"{one.label} joins two values that both depend on the input; sums, differences, maxima, minima and "
+                "concatenations of them are supported, products are not"
             )
         (first, axis), (second, other) = (self._resolved(each, one.place) for each in mine)
         if axis != other or first.shape != second.shape:
             raise UnsupportedError(f"{one.label} adds values of shapes {first.shape} and {second.shape}")
         return Entry.of(first + (second if one.name != "sub" else second.rescaled(jnp.float32(-1))), axis)
+
+    def _larger_and_smaller(self, one: Equation, mine: list[Entry]) -> dict[str, Entry]:
+        """The maximum and the minimum of two values: the halves of MaxMin, which is one node for both."""
+        known = next((found for pair, found in self.pairs if all(map(same, pair, mine))), None)
+        if known is None:
+            axis, last = axis_of(mine[0], one.place), mine[0].places[0].ndim - 1
+            if axis == last:
+                raise UnsupportedError(f"{one.label} compares values whose last axis is the batch")
+            value, axis = self._resolved(self._beside(one, mine, last), one.place)
+            pair = Entry.of(value.activation(MaxMinActivation()), axis)
+            halves = [pair.moved(lambda places, k=k: np.split(places, 2, last)[k]) for k in (0, 1)]
+            known = dict(zip(("max", "min"), halves, strict=True))
+            self.pairs.append((mine, known))
+        return known
 
     def _constant(self, one: Equation, two: Equation, place: int, axis: int) -> Any:
         """A constant operand of an operation entry by entry, without the axis of the batch.
@@ -238,15 +257,19 @@ class Reader:
         dimension = one.params["axis" if one.name == "stack" else "dimension"]
         if one.name == "stack":
             mine = [each.moved(lambda places: np.expand_dims(places, dimension)) for each in mine]
+        return self._beside(one, mine, dimension)
+
+    def _beside(self, one: Equation, mine: list[Entry], dimension: int) -> Entry:
+        """Entries along an axis; those of one value stay entries of it."""
         first, *rest = mine
         if all(each.value is first.value and expressions.equal(each.expression, first.expression) for each in rest):
             both = (np.concatenate([each.places[side] for each in mine], dimension) for side in (0, 1))
             return dataclasses.replace(first, places=tuple(both))
-        resolved = [self._resolved(entry, one.label) for entry in mine]
-        (axis, *others), (value, *values) = ([each[k] for each in resolved] for k in (1, 0))
-        if any(other != axis for other in others) or dimension == axis:
+        (value, axis), *others = (self._resolved(entry, one.label) for entry in mine)
+        if any(other != axis for _, other in others) or dimension == axis:
             raise UnsupportedError(f"{one.label} joins examples of the batch")
-        return Entry.of(value.concatenated(*values, axis=dimension - (dimension > axis)), axis)
+        whole = value.concatenated(*(each for each, _ in others), axis=dimension - (dimension > axis))
+        return Entry.of(whole, axis)
 
     # Linear maps
 
@@ -268,6 +291,10 @@ class Reader:
 
     # Values
 
+    def _undropped(self, entry: Entry, where: str) -> Entry:
+        """The entry as one of a value of which it takes everything: rows that nothing takes count in no norm."""
+        return Entry.of(*self._resolved(entry, where)) if drops(entry) else entry
+
     def _resolved(self, entry: Entry | None, where: str) -> tuple[Value, int]:
         """The value of one example that a variable is, and the axis of its batch."""
         assert entry is not None
@@ -276,4 +303,9 @@ class Reader:
         places, size = np.moveaxis(entry.places[0], axis, 0)[0], math.prod(value.shape)
         if places.size == size and np.array_equal(places.ravel(), np.arange(size)):
             return (value if places.shape == value.shape else value.reshaped(places.shape)), axis
-        return value.gathered(places), axis
+        # The same value each time, so that what is computed from it twice is known for the same.
+        known = next((found for one, at, found in self.gathers if one is value and np.array_equal(at, places)), None)
+        if known is None:
+            known = value.gathered(places)
+            self.gathers.append((value, places, known))
+        return known, axis

@@ -15,6 +15,7 @@ import numpy as np
 from jax import Array
 
 from lipjax.networks import layers
+from lipjax.networks.blocks import blocks
 from lipjax.networks.maxmin import MaxMinActivation
 from lipjax.reading.values import Value
 
@@ -81,30 +82,33 @@ def reduce_window(kind: str) -> Rule:
 def dot_general(params: dict[str, Any], value: Value, batch: int, place: int, others: list[Any]) -> tuple[Value, int]:
     """A product of a value with a matrix, or a tensor, of constants."""
     contracting, batched = params["dimension_numbers"]
-    mine, theirs = (contracting[place], contracting[1 - place])
-    if batched[0]:
-        raise NotImplementedError("a product with axes that both operands keep")
+    if any(axis == batch for axis in batched[place]):
+        raise NotImplementedError("a product with a constant that has an axis for the batch")
+    groups, theirs_too = _without(batched[place], batch), batched[1 - place]
+    axes, theirs = _without(contracting[place], batch), contracting[1 - place]
     kernel = jnp.asarray(others[1 - place])
-    axes = _without(mine, batch)
-    free = tuple(axis for axis in range(len(value.shape)) if axis not in axes)
-    own = tuple(axis for axis in range(kernel.ndim) if axis not in theirs)
-    matrix = kernel.transpose(*theirs, *own).reshape(math.prod(kernel.shape[axis] for axis in theirs), -1)
+    free = tuple(axis for axis in range(len(value.shape)) if axis not in (*groups, *axes))
+    own = tuple(axis for axis in range(kernel.ndim) if axis not in (*theirs_too, *theirs))
     kept, outer = tuple(value.shape[axis] for axis in free), tuple(kernel.shape[axis] for axis in own)
-    moved = _transposed(value, (*free, *axes))
-    zeros = jnp.zeros(matrix.shape[1], matrix.dtype)
-    if math.prod(kept) == 1:
-        flat = moved.reshaped((matrix.shape[0],))
-        found = flat.affine(layers.dense(matrix, zeros, flat.shape))
+    shared = tuple(kernel.shape[axis] for axis in theirs_too)
+    inputs = math.prod(kernel.shape[axis] for axis in theirs)
+    kernels = kernel.transpose(*theirs_too, *theirs, *own).reshape(math.prod(shared), inputs, -1)
+    moved = _transposed(value, (*groups, *free, *axes))
+    zeros = jnp.zeros(kernels.shape[-1], kernels.dtype)
+    if shared:
+        whole = blocks(kernels, zeros, math.prod(kept))
+    elif math.prod(kept) == 1:
+        whole = layers.dense(kernels[0], zeros, (inputs,))
     else:  # the same matrix at each place: a convolution of a window of one
-        image = moved.reshaped((math.prod(kept), 1, matrix.shape[0]))
-        found = image.affine(layers.convolution(matrix[None, None], zeros, image.shape, (1, 1), ((0, 0), (0, 0))))
-    found = found.reshaped((*kept, *outer))
-    # The axes of the left operand come first in the result.
-    left = sum(axis not in mine for axis in range(batch))
+        whole = layers.convolution(kernels[:, None], zeros, (math.prod(kept), 1, inputs), (1, 1), ((0, 0), (0, 0)))
+    found = moved.reshaped(whole.in_shape).affine(whole).reshaped((*shared, *kept, *outer))
+    # In the result, axes of both operands come first, then those of the left one, then those of the right one.
+    left = sum(axis not in (*contracting[place], *batched[place]) for axis in range(batch))
     if place == 0:
-        return found, left
-    order = (*range(len(kept), len(kept) + len(outer)), *range(len(kept)))
-    return _transposed(found, order), len(outer) + left
+        return found, len(shared) + left
+    of_shared, of_kept = range(len(shared)), range(len(shared), len(shared) + len(kept))
+    of_outer = range(len(shared) + len(kept), len(found.shape))
+    return _transposed(found, (*of_shared, *of_outer, *of_kept)), len(shared) + len(outer) + left
 
 
 def convolution(params: dict[str, Any], value: Value, batch: int, place: int, others: list[Any]) -> tuple[Value, int]:
@@ -115,17 +119,21 @@ def convolution(params: dict[str, Any], value: Value, batch: int, place: int, ot
     if dimensions.lhs_spec[0] != batch or params["batch_group_count"] != 1:
         raise MixedError
     spatial = len(dimensions.lhs_spec) - 2
-    if spatial not in (1, 2) or any(d != 1 for d in params["lhs_dilation"]):
-        raise NotImplementedError("a transposed convolution, or one with more than two dimensions")
+    if spatial not in (1, 2):
+        raise NotImplementedError(f"a convolution with {spatial} dimensions")
     _, *channels_last = (*dimensions.lhs_spec[:1], *dimensions.lhs_spec[2:], dimensions.lhs_spec[1])
     order = tuple(axis - (axis > batch) for axis in channels_last)
     image = _as_image(_transposed(value, order))
     out_c, in_c, *taps = dimensions.rhs_spec
     kernel = jnp.transpose(jnp.asarray(others[1]), (*taps, in_c, out_c))
     stride, dilation = tuple(params["window_strides"]), tuple(params["rhs_dilation"])
+    apart = tuple(params["lhs_dilation"])
     padding = tuple(tuple(map(int, each)) for each in params["padding"])
     if spatial == 1:
         kernel, stride, dilation, padding = kernel[:, None], (*stride, 1), (*dilation, 1), (*padding, (0, 0))
+        apart = (*apart, 1)
+    if apart != (1, 1):  # a transposed convolution
+        image = _spread(image, apart)
     kernel = grouped(dilated(kernel, dilation), params["feature_group_count"])
     zeros = jnp.zeros(kernel.shape[-1], kernel.dtype)
     found = image.affine(layers.convolution(kernel, zeros, image.shape, stride, padding))
@@ -153,6 +161,14 @@ def grouped(kernel: Array, groups: int) -> Array:
     split = kernel.reshape(kh, kw, c_in, groups, c_out // groups)
     whole = jnp.einsum("hwigo,gk->hwkigo", split, jnp.eye(groups, dtype=kernel.dtype), precision=layers.HIGHEST)
     return whole.reshape(kh, kw, groups * c_in, c_out)
+
+
+def _spread(image: Value, apart: tuple[int, int]) -> Value:
+    """The image with zeros between its pixels."""
+    height, width, channels = image.shape
+    places = np.full(((height - 1) * apart[0] + 1, (width - 1) * apart[1] + 1, channels), -1, np.int32)
+    places[:: apart[0], :: apart[1]] = np.arange(places[:: apart[0], :: apart[1]].size).reshape(image.shape)
+    return image.gathered(places)
 
 
 def _as_image(value: Value) -> Value:

@@ -20,8 +20,8 @@ from lipjax.reading import activations, interpreter, linear, markers, modules, t
 from lipjax.reading.values import Value
 
 SUPPORTED = (
-    "supported are dense layers, convolutions, products with constants, batch norm in inference mode, sums and "
-    "concatenations of branches, whatever moves entries, sums and means over axes, average and max pooling, the "
+    "supported are dense layers, convolutions, products with constants, batch norm in inference mode, sums, maxima "
+    "and concatenations of branches, whatever moves entries, sums and means over axes, average and max pooling, the "
     "activations relu, relu6, leaky_relu, PReLU, abs, hard_tanh, clips, tanh, sigmoid, softplus, elu, silu and gelu, "
     "the modules of lipjax, and types given to lipjax.register"
 )
@@ -60,8 +60,7 @@ class Place:
 
     def traced(self, module: Any, value: Value) -> Value:
         """What a module or a function gives that is known by what it does."""
-        linen = isinstance(module, nn.Module)
-        function = (lambda x: module.apply(self.variables, x)) if linen else module
+        function = self.forward(module)
         parameters = nnx.state(module) if isinstance(module, nnx.Module) else self.variables
         wide = any(getattr(leaf, "dtype", None) == jnp.float64 for leaf in jax.tree.leaves(parameters))
         kinds = {kind for kind in READERS if isinstance(kind, type) and not kind.__module__.startswith("flax.")}
@@ -80,6 +79,12 @@ class Place:
             return interpreter.Reader((traces[0], traces[1]), value, self._marked).read()
         except interpreter.UnsupportedError as error:
             raise TypeError(f"{self.label(module)} is not supported: {error}; {SUPPORTED}") from error
+
+    def forward(self, module: Any) -> Callable[[Array], Array]:
+        """A module as a function of a batch. What one of NNX changes of itself, it changes of a copy."""
+        if isinstance(module, nn.Module):
+            return lambda x: module.apply(self.variables, x)
+        return (lambda x: nnx.clone(module)(x)) if isinstance(module, nnx.Module) else module
 
     def _marked(self, module: markers.Marked, value: Value) -> Value:
         place = Place(f"{self.name}.{module.name}".strip("."), module.variables)

@@ -18,7 +18,17 @@ from jax import Array
 from jax.extend import core, source_info_util
 
 BATCHES = (2, 3, 7, 1024)  # of the first two, constants are computed; JAX has short cuts for one
-CALLS = {"jit", "pjit", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call", "checkpoint", "remat"}
+CALLS = {
+    "jit",
+    "pjit",
+    "closed_call",
+    "core_call",
+    "custom_jvp_call",
+    "custom_vjp_call",
+    "checkpoint",
+    "remat",
+    "remat2",
+}
 
 
 @dataclasses.dataclass(frozen=True)

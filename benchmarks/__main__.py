@@ -25,7 +25,7 @@ from lipjax.networks import layers, linear_maps
 from lipjax.networks.regions import l2_ball
 from lipjax.norms import estimates
 from lipjax.reading import flax
-from lipjax.training import losses, methods, objectives, training_step
+from lipjax.training import losses, methods, objectives, training_step, worst_case
 
 EPS, EXAMPLES = 1.58, 512
 
@@ -227,7 +227,7 @@ def _stepping(
 
 def _method(num_iters: int, margin: methods.Margins) -> methods.Method:
     rate, norms = optax.constant_schedule(1e-3), objectives.Iterations(num_iters)
-    objective = methods.Bounded(norms, local=True, box=True, ball=True, margins=margin, loss=losses.gloro_of)
+    objective = methods.Bounded(norms, local=True, box=True, ball=True, margins=margin, loss=worst_case.gloro_of)
     return methods.Method(
         objective=objective,
         validation=objective,

@@ -38,4 +38,6 @@ def get_config(method=None):
     config.schedule.learning_rate = 1e-3
     config.schedule.learning_rate_end = 5e-6
     config.power_iteration.num_iters = 5
+    config.crm.update(weight=30.0, temperature=5.0, radius=2.2)  # as published
+    config.cll.radius = 1.58
     return config

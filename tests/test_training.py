@@ -20,7 +20,7 @@ from lipjax.experiments import architectures
 from lipjax.networks import regions
 from lipjax.norms import estimates
 from lipjax.reading import flax, modules
-from lipjax.training import losses, methods, objectives, sharding, training_step
+from lipjax.training import losses, methods, objectives, sharding, training_step, worst_case
 
 SHAPE, CLASSES, EXAMPLES = (6, 6, 1), 3, 12
 
@@ -44,7 +44,7 @@ LOCAL_GLORO = methods.Bounded(
     box=True,
     ball=True,
     margins=methods.forward(margins.pairwise_lipschitz),
-    loss=losses.gloro_of,
+    loss=worst_case.gloro_of,
 )
 
 

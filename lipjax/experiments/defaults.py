@@ -26,6 +26,10 @@ METHODS = {
     "trades": {"norms": "none", "margins": "none", "loss": "trades"},  # the same attack, beta 6: our choice
 }
 
+# Numbers of losses (``lipjax.training.worst_case``): as published for CIFAR-10 with 6C2F.
+CRM = {"weight": 15.0, "temperature": 5.0, "radius": 0.2}
+CLL = {"radius": 0.15, "violation": 0.3, "weight": 1e-6}
+
 OWN = {"norms": "own", "margins": "own", "loss": "own"}  # of a user's method, which says all of them itself
 
 
@@ -74,6 +78,8 @@ def base(method: str | None, default: str = "local_gloro") -> Any:
     config.power_iteration.start = "saved"  # each example's own vector, or "random" in every step
     config.power_iteration.global_layers = ()  # places of weight layers that use their global norm
     config.sparsity = ConfigDict({"weight": 0.0, "weight_theta": 1.0})  # of the sparsity loss, and of clips in it
+    config.crm = ConfigDict(CRM)  # of the loss crm: weight, temperature, and the radius it looks after
+    config.cll = ConfigDict(CLL)  # of the loss cll: radius, probability of a violation there, weight of the penalty
     config.dual = ConfigDict({"num_rivals": 1})  # rivals whose margins the dual methods bound, the strongest ones
     config.probe = ConfigDict({"size": 16, "max_iters": 2000})  # examples whose converged norms every epoch logs
     config.checkpoint = ConfigDict({"every": 1})  # epochs
@@ -121,6 +127,8 @@ def tiny_imagenet(method: str | None, default: str = "local_bcp") -> Any:
     config.schedule.learning_rate = 2.5e-4
     config.schedule.learning_rate_end = 5e-7
     config.power_iteration.num_iters = 1
+    config.crm.update(weight=150.0, temperature=12.0)  # as published, and those of cll
+    config.cll.update(radius=1.0, violation=0.025, weight=1e-3)
     config.probe.size = 4
     config.certify.batch_size = 50
     return config

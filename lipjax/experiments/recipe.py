@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
 
 from flax import nnx
+from jax import Array
 
 from lipjax.bounds import margins
 from lipjax.errors import InputError
 from lipjax.experiments import architectures, references, settings
 from lipjax.experiments.settings import Config
-from lipjax.training import losses, methods, objectives, schedules, training_step, unbounded
+from lipjax.training import methods, objectives, schedules, training_step, unbounded, worst_case
 from lipjax.training.methods import Method
 
 FORWARD = {
@@ -87,7 +90,7 @@ def objective_of(config: Config) -> objectives.Objective:
         ball=method.norms != "none",
         margins=margins_of(config),
         head_norm=method.margins == "lipschitz_margin",
-        loss=losses.WORST_CASE.get(method.loss) or references.find(method.loss, "--config.method.loss"),
+        loss=loss_of(config),
         sparsity=config.sparsity.weight,
         sparsity_theta=config.sparsity.weight_theta,
     )
@@ -100,6 +103,15 @@ def validation_of(config: Config) -> objectives.Objective:
         thorough = dataclasses.replace(objective.margins, num_rivals=None)
         return dataclasses.replace(objective, margins=thorough)
     return objective
+
+
+def loss_of(config: Config) -> Callable[[worst_case.Outcome], Array]:
+    """The worst-case loss of a config, with the numbers of its own section where it has one."""
+    name = config.method.loss
+    if name not in worst_case.WORST_CASE:
+        return references.find(name, "--config.method.loss")
+    loss = worst_case.WORST_CASE[name]
+    return functools.partial(loss, **config[name].to_dict()) if name in config else loss
 
 
 def margins_of(config: Config) -> methods.Margins:

@@ -13,12 +13,12 @@ from ml_collections import ConfigDict, config_flags
 from lipjax.errors import InputError
 from lipjax.experiments import architectures, data, defaults, references
 from lipjax.files import replace_text
-from lipjax.training import losses, unbounded
+from lipjax.training import unbounded, worst_case
 
 Config = Any  # an ml_collections.ConfigDict, whose entries are known at run time only
 NORMS = ("local", "global", "none")
 MARGINS = ("pairwise_lipschitz", "box_and_ball", "lipschitz_margin", "dual", "none")
-LOSSES = (*losses.WORST_CASE, *unbounded.UNBOUNDED)
+LOSSES = (*worst_case.WORST_CASE, *unbounded.UNBOUNDED)
 STARTS = ("saved", "random")
 # What configs of earlier versions do not say, as it was then.
 SINCE = {
@@ -27,6 +27,8 @@ SINCE = {
     "power_iteration": {"start": "saved", "global_layers": ()},
     "dual": {"num_rivals": 1},
     "sparsity": {"weight": 0.0, "weight_theta": 1.0},
+    "crm": defaults.CRM,
+    "cll": defaults.CLL,
 }
 
 
@@ -109,6 +111,8 @@ def check(config: Config) -> None:
         ("data.crop_padding", 0),
         ("sparsity.weight", 0),
         ("sparsity.weight_theta", 0),
+        ("crm.weight", 0),
+        ("cll.weight", 0),
         ("schedule.epochs", 1),
         ("schedule.batch_size", 1),
         ("power_iteration.num_iters", 1),
@@ -121,8 +125,10 @@ def check(config: Config) -> None:
         ("certify.batch_size", 1),
     ):
         _within(key, _lookup(config, key), least, math.inf)
-    for key in ("eps", "eps_train", "schedule.learning_rate", "schedule.learning_rate_end", "model.theta"):
+    own = ("crm.temperature", "crm.radius", "cll.radius")
+    for key in (*own, "eps", "eps_train", "schedule.learning_rate", "schedule.learning_rate_end", "model.theta"):
         _within(key, _lookup(config, key), 0, math.inf, open_below=True)
+    _within("cll.violation", config.cll.violation, 1e-6, 0.999)
     _within("power_iteration.noise", config.power_iteration.noise, 0, 1)
     for key in ("warmup", "ramp", "constant", "kappa", "kappa_end"):
         _within(f"schedule.{key}", schedule[key], 0, 1)
@@ -166,7 +172,7 @@ def _check_method(method: Config) -> None:
     _one_of("method.norms", method.norms, NORMS)
     _one_of("method.margins", method.margins, MARGINS)
     _known_or_found("method.loss", method.loss, LOSSES)
-    bounded = method.loss in losses.WORST_CASE or references.is_reference(method.loss)
+    bounded = method.loss in worst_case.WORST_CASE or references.is_reference(method.loss)
     wrong = ""
     if bounded and method.margins == "none":
         wrong = "needs margins: box_and_ball, say"

@@ -1,56 +1,16 @@
-"""Losses of certified training, per example and unreduced."""
+"""Losses of certified training, per example and unreduced: of logits. Those of a whole pass: ``worst_case``."""
 
 from __future__ import annotations
-
-import dataclasses
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
 
-from lipjax.bounds.margins import own_class, worst_logits
+from lipjax.bounds.margins import own_class
 from lipjax.floating_point import highest
 from lipjax.networks.activations import Activation
-from lipjax.networks.layers import Affine
 from lipjax.networks.regions import Preactivation
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Outcome:
-    """What a pass of a batch came to: what a worst-case loss is a function of.
-
-    Attributes:
-        logits: clean (B, classes).
-        margins: lower bounds of the margins over the region (B, classes), infinite for classes that were not asked.
-        lipschitz: constant of the feature map over the region (B,).
-        eps: radius, scalar or (B,).
-        label: integers (B,).
-        head: the last layer.
-    """
-
-    logits: Array
-    margins: Array
-    lipschitz: Array
-    eps: Array | float
-    label: Array
-    head: Affine
-
-    @property
-    def worst_logits(self) -> Array:
-        """Logits (B, classes) with every rival raised to its worst case."""
-        return worst_logits(self.logits, self.margins, self.label)
-
-
-def gloro_of(outcome: Outcome) -> Array:
-    """:func:`gloro` of an outcome (B,)."""
-    return gloro(outcome.logits, outcome.worst_logits, outcome.label)
-
-
-def worst_cross_entropy(outcome: Outcome) -> Array:
-    """:func:`cross_entropy` of the worst logits (B,)."""
-    return cross_entropy(outcome.worst_logits, outcome.label)
 
 
 def cross_entropy(logits: Array, label: Array) -> Array:
@@ -133,7 +93,3 @@ def sparsity(activation: Activation, before: Preactivation, weight_theta: Array 
         Scalar; sum it over activations.
     """
     return activation.sparsity(*before.box, weight_theta)
-
-
-# Losses of a pass, by the name in a config: a new one is a function of its outcome and a line here.
-WORST_CASE = {"gloro": gloro_of, "cross_entropy": worst_cross_entropy}

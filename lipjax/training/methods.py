@@ -22,7 +22,7 @@ from lipjax.networks.graph import Network
 from lipjax.networks.layers import Affine
 from lipjax.networks.regions import l2_ball
 from lipjax.norms import estimates
-from lipjax.training import losses
+from lipjax.training import losses, worst_case
 from lipjax.training.objectives import Iterations, Objective, Vectors, warm_whole_norms
 
 
@@ -78,7 +78,7 @@ class Bounded:
         ball: the region has a ball.
         margins: gives the worst-case margins; with ``head_norm``, the norm of the last layer comes last.
         head_norm: the margins need the norm of the last layer (LMT).
-        loss: what a pass came to, of a batch, to losses (B,); see :class:`lipjax.training.losses.Outcome`.
+        loss: what a pass came to, of a batch, to losses (B,); see :class:`lipjax.training.worst_case.Outcome`.
         sparsity: weight of the sparsity loss.
         sparsity_theta: weight in it of the term about the clips.
     """
@@ -88,7 +88,7 @@ class Bounded:
     box: bool
     ball: bool
     margins: Margins
-    loss: Callable[[losses.Outcome], Array]
+    loss: Callable[[worst_case.Outcome], Array]
     head_norm: bool = False
     sparsity: float = 0.0
     sparsity_theta: float = 1.0
@@ -124,17 +124,17 @@ class Bounded:
             return network.head(bounds.features.center).ravel(), worst, jnp.asarray(sum(sparse), worst.dtype), live
 
         per_example = jax.vmap(one)(dataclasses.replace(found, handed_back=()), label, *of_head)
-        logits, worst, sparse, live = per_example
-        outcome = losses.Outcome(logits, worst, found.lipschitz, eps, label, network.head)
-        clean, worst_case = losses.cross_entropy(logits, label), self.loss(outcome)
-        loss, correct = losses.mixed(clean, worst_case, kappa), jnp.argmax(logits, axis=1) == jnp.asarray(label, int)
+        logits, least, sparse, live = per_example
+        outcome = worst_case.Outcome(logits, least, found.lipschitz, eps, label, network.head)
+        clean, worst = losses.cross_entropy(logits, label), self.loss(outcome)
+        loss, correct = losses.mixed(clean, worst, kappa), jnp.argmax(logits, axis=1) == jnp.asarray(label, int)
         if self.sparsity:
             loss = loss + self.sparsity * sparse
         metrics = {
             "clean_loss": clean,
-            "worst_loss": worst_case,
+            "worst_loss": worst,
             "clean_accuracy": correct,
-            "certified_accuracy": correct & (margins.worst_margin(worst, label) > 0),
+            "certified_accuracy": correct & (margins.worst_margin(least, label) > 0),
             "global_lipschitz": jnp.broadcast_to(constant, correct.shape),
             "live": live,
         }

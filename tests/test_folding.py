@@ -94,6 +94,13 @@ def check_facts(layer, expected, rng, exact=True):
         (layer.row_norms(jnp.asarray(live)), np.linalg.norm(expected * live.ravel(), axis=1)),
         (layer.row_norms(jnp.asarray(positive[0])), np.linalg.norm(expected * positive[0].ravel(), axis=1)),
     )
+    magnitudes = np.asarray(
+        jax.vmap(layer.absolute, out_axes=-1)(
+            jnp.asarray(np.eye(expected.shape[1], dtype=np.float32)).reshape(-1, *layer.in_shape)
+        )
+    )
+    of_magnitudes = np.linalg.norm(magnitudes.reshape(expected.shape) * live.ravel(), axis=1)
+    assert (np.ravel(layer.magnitude_row_norms(jnp.asarray(live))) >= of_magnitudes * (1 - 1e-5)).all()
     for found, truth in facts:
         found = np.asarray(found, np.float64).ravel()
         assert (found >= truth - 1e-4 * (scale + truth)).all()

@@ -286,6 +286,81 @@ def test_a_linear_stretch_is_one_layer_with_the_norm_of_its_matrix(name):
     assert exact * (1 - 1e-6) <= constant <= exact * (1 + 1e-5)
 
 
+# Rows whose parts cancel to zero: float32 does not, and revives a neuron that is dead in exact arithmetic.
+C = np.float32(np.round(0.1 * 2**20) / 2**20)  # 3 C is exact
+ROW = np.array([C, C, C, -3 * C], np.float32)
+CANCELLING = {
+    "a product with a sum": lambda x: (
+        (x @ np.stack([[*ROW, *np.zeros(4)], [*np.zeros(4), *np.full(4, 0.5)]]).astype(np.float32))
+        .reshape(-1, 2, 4)
+        .sum(2)
+    ),
+    "copies and a convolution": lambda x: conv(
+        x[:, jnp.array([0] * 4 + [1] * 4)].reshape(-1, 2, 4, 1), ROW.reshape(1, 4, 1, 1), 1, "VALID"
+    ).reshape(-1, 2),
+    "a sum of branches": lambda x: (
+        conv(x.reshape(-1, 1, 2, 1), np.full((1, 1, 1, 3), C), 1).sum(3).reshape(-1, 2) - np.float32(3 * C) * x
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CANCELLING)
+def test_what_cancels_is_rounded_relative_to_its_parts(name):
+    function, gain = CANCELLING[name], np.array([[0, 1e4], [0, 0]], np.float32)
+
+    def whole(x):
+        return jax.nn.relu(function(x) + np.float32([[-1e-12, 0]])) @ gain + np.float32([[1e-6, 0]])
+
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+        network = lipjax.from_function(whole, (2,))
+        x, label = jnp.zeros((1, 2)), jnp.array([0])
+        for level in ("deterministic", "probabilistic"):
+            radius = min(1.0, float(lipjax.certified_radius(network, x, label, key=jax.random.key(3), level=level)[0]))
+            line = np.linspace(-radius, radius, 20001).astype(np.float32)
+            points = jnp.asarray(np.stack([line, 0 * line], axis=1))
+            assert (np.argmax(network(points), axis=1) == 0).all()
+
+
+SCALARS = {
+    "a centred input": lambda x, p: (x - jnp.mean(x, 1, keepdims=True) + 0.1) @ p,
+    "a mean behind an activation": lambda x, p: jax.nn.relu(jnp.mean(x, 1, keepdims=True) - 0.1) @ p[:1],
+    "one number of each": lambda x, p: jax.nn.relu(x @ p[:, 0])[:, None] @ p[:1],
+    "two of them": lambda x, p: (x @ p[:, 1] + jnp.einsum("bi,i->b", x, p[:, 0]))[:, None] @ p[:1] + p[2],
+}
+
+
+@pytest.mark.parametrize("name", SCALARS)
+def test_values_of_one_number_per_example(name):
+    p = jnp.asarray(np.random.default_rng(8).normal(size=(4, 3)), jnp.float32)
+    x = jnp.asarray(np.random.default_rng(9).uniform(size=(5, 4)), jnp.float32)
+    with jax.numpy_rank_promotion("allow"):
+        network = lipjax.from_function(lambda x: SCALARS[name](x, p), (4,))
+        np.testing.assert_allclose(network(x), SCALARS[name](x, p), rtol=1e-5, atol=1e-6)
+    label = jnp.argmax(network(x), axis=1)
+    assert np.isfinite(lipjax.certify(network, x, label, 0.01, level="deterministic").worst_margin).all()
+
+
+@pytest.mark.parametrize("kind", [jnp.int8, jnp.bfloat16])
+def test_kernels_of_another_type_are_those_numbers(kind):
+    rng = np.random.default_rng(10)
+    first, second = (jnp.asarray(rng.integers(-100, 100, shape), kind) for shape in ((4, 4), (4, 2)))
+    x = jnp.asarray(rng.uniform(size=(2, 4)), jnp.float32)
+
+    def product(x, kernel):
+        return jax.lax.dot_general(x, kernel, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+
+    def function(first, second, x):
+        return product(product(x, first), second)
+
+    network = jax.jit(lambda *of: lipjax.from_function(functools.partial(function, *of), (4,)))(first, second)
+    np.testing.assert_allclose(network(x), function(first, second, x), rtol=1e-5)
+
+
+def test_a_product_over_nothing_is_refused():
+    with pytest.raises(TypeError, match="a product over no entries"):
+        lipjax.from_function(lambda x: x[:, :0] @ jnp.ones((0, 3)) + x @ jnp.ones((4, 3)), (4,))
+
+
 def test_a_shared_value_is_one_node():
     _, network, _ = read("resnet")
     names = [type(node.operation).__name__ for node in network.nodes]

@@ -49,10 +49,12 @@ def widen(before: Preactivation, layer: Affine, entering: Region) -> Preactivati
     In float32, by :func:`output_errors`. In this pass a bound is that of the box, |W mid + b| + |W| half, or that
     of the ball, |W center + b| + radius ||row||: sums of ``layer.terms`` products and a few operations. The terms
     of the first sum up to at most 2 (|W| A + |b|) with A the largest magnitudes that enter; those of the second to
-    at most 3 of it where it is the tighter one, because there radius ||row|| is no more than the width of the box.
+    at most 3 of it where it is the tighter one, because there radius ||row|| is no more than the width of the box. A
+    row that is computed may have cancelled: it is off by a share of its magnitude.
     """
     lower, upper = before.box
-    own = 4 * gamma(layer.terms + 8, UNIT64) * magnitude(layer, entering) + SMALLEST64
+    of_rows = 0 if entering.radius is None else entering.radius * layer.magnitude_row_norms(entering.live)
+    own = gamma(layer.terms + 8, UNIT64) * (4 * magnitude(layer, entering) + of_rows) + SMALLEST64
     slack = output_errors(layer, entering) + own
     return dataclasses.replace(before, lower=lower - slack, upper=upper + slack)
 
@@ -79,7 +81,7 @@ def output_errors(layer: Affine, entering: Region) -> Array:
         Higham, Accuracy and Stability of Numerical Algorithms, section 3.1.
     """
     # |W| |a| + |b| over the box, or over the ball, whichever is smaller.
-    around = _around(layer, entering) + layer.row_norms(entering.live) * entering.ball
+    around = _around(layer, entering) + layer.magnitude_row_norms(entering.live) * entering.ball
     return _relative(layer) * jnp.minimum(magnitude(layer, entering), around) + _flushed(layer, entering)
 
 
@@ -172,5 +174,5 @@ def logit_errors(head: Affine, features: Region) -> Array:
     With room for the rounding of the margins, which are float64 and of the size of these sums or of the ball's part:
     up to 2^23 terms of 2^-53 each are 2^-30 of it.
     """
-    ball = head.row_norms(jnp.ones(head.in_shape, bool)) * features.ball
+    ball = head.magnitude_row_norms(jnp.ones(head.in_shape, bool)) * features.ball
     return output_errors(head, features) + 2.0**-30 * ball

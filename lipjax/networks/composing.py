@@ -58,13 +58,11 @@ class Composed(OfTwo):
         passed_on = self.second.absolute(lost.reshape(self.second.in_shape))
         return passed_on + self.second.flushed((middle + lost).reshape(self.second.in_shape))
 
-    def row_norms(self, columns: Array) -> Array:
-        if self.is_small:
-            return Affine.row_norms(self, columns)
-        inner = self.first.row_norms(columns).reshape(self.second.in_shape)
+    def magnitude_row_norms(self, columns: Array) -> Array:
+        inner = self.first.magnitude_row_norms(columns).reshape(self.second.in_shape)
         if isinstance(self.first, Gather):
             # Each row of the first has one entry; copies of one that meet in a row of the product add up.
-            return math.sqrt(max(1, self.first.copies)) * self.second.row_norms(inner)
+            return math.sqrt(max(1, self.first.copies)) * self.second.magnitude_row_norms(inner)
         return self.second.absolute(inner)
 
 

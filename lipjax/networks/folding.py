@@ -93,6 +93,10 @@ class Rescaled(Affine):
     def row_norms(self, columns: Array) -> Array:
         return jnp.abs(self.after) * self.inner.row_norms(jnp.abs(self.before) * columns.astype(self.dtype))
 
+    def magnitude_row_norms(self, columns: Array) -> Array:
+        inner = self.inner.magnitude_row_norms(jnp.abs(self.before) * columns.astype(self.dtype))
+        return jnp.abs(self.after) * inner
+
     def partial(self, r: Array) -> Array:
         scaled = jnp.abs(self.before) * r
         inner = self.inner.partial(scaled)
@@ -122,6 +126,9 @@ class OfTwo(Affine):
     @property
     def adjoint_terms(self) -> int:
         return self.first.adjoint_terms + self.second.adjoint_terms
+
+    def row_norms(self, columns: Array) -> Array:
+        return Affine.row_norms(self, columns) if self.is_small else self.magnitude_row_norms(columns)
 
     def frozen(self) -> Affine:
         return dataclasses.replace(self, first=self.first.frozen(), second=self.second.frozen())
@@ -166,11 +173,9 @@ class Added(OfTwo):
         of_second = self.second.flushed(r.reshape(self.second.in_shape))
         return self.first.flushed(r) + of_second.reshape(self.out_shape) + 1
 
-    def row_norms(self, columns: Array) -> Array:
-        if self.is_small:
-            return Affine.row_norms(self, columns)
-        of_second = self.second.row_norms(columns.reshape(self.second.in_shape))
-        return self.first.row_norms(columns) + of_second.reshape(self.out_shape)
+    def magnitude_row_norms(self, columns: Array) -> Array:
+        of_second = self.second.magnitude_row_norms(columns.reshape(self.second.in_shape))
+        return self.first.magnitude_row_norms(columns) + of_second.reshape(self.out_shape)
 
 
 @rescaled.register

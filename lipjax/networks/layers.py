@@ -120,6 +120,13 @@ class Affine:
         weighted = self.matrix() * columns.astype(self.dtype).reshape(1, -1)
         return _lengths(weighted, lambda squares: jnp.sum(squares, axis=1)).reshape(self.out_shape)
 
+    def magnitude_row_norms(self, columns: Array) -> Array:
+        """l2 norms, or more, of the rows of the matrix of :meth:`absolute`, which may be larger than ``|W|``.
+
+        What is rounded is relative to them: in a matrix that is computed as a product or a sum, much may cancel.
+        """
+        return self.row_norms(columns)
+
     def partial(self, r: Array) -> Array:
         """For inputs of magnitudes up to ``r``: nothing on the way to an output, without its bias, is larger."""
         return self.absolute(r)

@@ -80,7 +80,7 @@ class Gather(Affine):
 
 def gather(places: np.ndarray, in_shape: Shape, dtype: object = jnp.float32) -> Gather:
     """The layer whose outputs are the entries of a raveled input at some places (-1 for zero), shaped like those."""
-    zeros = jnp.zeros(places.shape or (1,), dtype)
+    zeros = jnp.zeros(places.shape, dtype)
     raw = np.ascontiguousarray(places, np.int32).tobytes()
     return Gather(bias=zeros, in_shape=tuple(in_shape), out_shape=tuple(places.shape), places=raw)
 
@@ -134,7 +134,7 @@ class SumOver(Affine):
 def sum_over(axes: tuple[int, ...], in_shape: Shape, dtype: object = jnp.float32) -> SumOver:
     """The layer that sums over some axes of its input."""
     out_shape = tuple(size for axis, size in enumerate(in_shape) if axis not in axes)
-    zeros = jnp.zeros(out_shape or (1,), dtype)
+    zeros = jnp.zeros(out_shape, dtype)
     return SumOver(bias=zeros, in_shape=tuple(in_shape), out_shape=out_shape, axes=tuple(axes))
 
 

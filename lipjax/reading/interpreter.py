@@ -111,7 +111,7 @@ class Reader:
             return [self._joined(one, operands)]
         if one.name in ENTRYWISE:
             return [self._entrywise(one, two, operands)]
-        return [self._linear(one, two, operands)]
+        return [self._linear(one, two, operands, dtype)]
 
     # Entry by entry
 
@@ -273,7 +273,7 @@ class Reader:
 
     # Linear maps
 
-    def _linear(self, one: Equation, two: Equation, operands: list[Entry | None]) -> Entry:
+    def _linear(self, one: Equation, two: Equation, operands: list[Entry | None], dtype: Any) -> Entry:
         rule = linear.RULES.get(one.name)
         if rule is None:
             raise UnsupportedError(f"{one.label} is not supported")
@@ -282,6 +282,8 @@ class Reader:
         place = next(k for k, each in enumerate(operands) if each is not None)
         value, axis = self._resolved(operands[place], one.place)
         constants = [None if each is not None else self._same_operand(one, two, k) for k, each in enumerate(operands)]
+        # Kernels may have another type than what is computed with them.
+        constants = [None if each is None else jnp.asarray(each).astype(dtype) for each in constants]
         try:
             return Entry.of(*rule(one.params, value, axis, place, constants))
         except linear.MixedError as error:

@@ -91,6 +91,8 @@ def dot_general(params: dict[str, Any], value: Value, batch: int, place: int, ot
     own = tuple(axis for axis in range(kernel.ndim) if axis not in (*theirs_too, *theirs))
     kept, outer = tuple(value.shape[axis] for axis in free), tuple(kernel.shape[axis] for axis in own)
     shared = tuple(kernel.shape[axis] for axis in theirs_too)
+    if 0 in kernel.shape:
+        raise NotImplementedError("a product over no entries")
     inputs = math.prod(kernel.shape[axis] for axis in theirs)
     kernels = kernel.transpose(*theirs_too, *theirs, *own).reshape(math.prod(shared), inputs, -1)
     moved = _transposed(value, (*groups, *free, *axes))

@@ -207,7 +207,7 @@ class Value:
         """A shift of this value as the bias of a layer that gives it: per channel where that is enough."""
         if shift is None:
             return jnp.zeros(layer.out_shape[-1:], layer.dtype)
-        if layer.out_shape == self.shape and math.prod(shift.shape[:-1]) == 1:
+        if layer.out_shape == self.shape and self.shape and math.prod(shift.shape[:-1]) == 1:
             return jnp.broadcast_to(shift.reshape(-1), self.shape[-1:])
         return jnp.broadcast_to(shift, self.shape).reshape(layer.out_shape)
 
@@ -230,6 +230,8 @@ def _arranged(array: Array, shape: Shape, new: Shape) -> Array:
     """An array that broadcasts to one shape, for another one in C order."""
     if tuple(shape) == tuple(new):
         return array
+    if not new:
+        return array.reshape(())
     if math.prod(array.shape[:-1]) == 1 and array.shape[-1:] in ((1,), tuple(new[-1:])):  # one for all, or per channel
         return array.reshape((1,) * (len(new) - 1) + array.shape[-1:])
     return jnp.broadcast_to(array, shape).reshape(new)

@@ -2,8 +2,10 @@
 
 import dataclasses
 import inspect
+import operator
 import pathlib
 import re
+from typing import Any
 
 import lipjax
 
@@ -25,6 +27,7 @@ GROUPS = {
         *("cross_entropy", "gloro", "mixed", "trades", "sparsity"),
     ),
     "The dual": ("dual_margins", "ascend", "Multipliers", "Rule"),
+    "Other bounds": ("crown_margins", "alpha_crown_margins", "sdp_crown_margins", "no_norms"),
     "Layers": (*("Affine", "Bilinear", "Dense", "Conv", "Scale", "dense", "convolution"),),
     "Activations": (
         *("Activation", "Elementwise", "IdentityActivation", "ReLUActivation", "ClippedReLUActivation"),
@@ -33,25 +36,31 @@ GROUPS = {
         *("MaxMinActivation", "ClippedMaxMinActivation", "MaxPoolActivation"),
     ),
     "Attacks": ("pgd", "attack"),
+    "Randomized smoothing": ("smoothing.smoothed_radius", "smoothing.lower_confidence", "smoothing.Smoothed"),
 }
 
 
 def page() -> str:
     """The page, as Markdown."""
-    named = {name for names in GROUPS.values() for name in names} | {"__version__"}
+    named = {name.split(".")[0] for names in GROUPS.values() for name in names} | {"__version__"}
     if named != set(lipjax.__all__):
         raise SystemExit(f"GROUPS and lipjax.__all__ differ in {sorted(named ^ set(lipjax.__all__))}")
     lines = ["# API", "", "Written by `python docs/generate_api.py` from the docstrings.", ""]
     for title, names in GROUPS.items():
         lines += [f"## {title}", ""]
         for name in names:
-            lines += [f"### `{name}`", "", *_signature(name), inspect.cleandoc(getattr(lipjax, name).__doc__), ""]
+            lines += [f"### `{name}`", "", *_signature(name), inspect.cleandoc(_named(name).__doc__), ""]
     return "\n".join(lines)
+
+
+def _named(name: str) -> Any:
+    """What a name, with dots for modules, stands for."""
+    return operator.attrgetter(name)(lipjax)
 
 
 def _signature(name: str) -> list[str]:
     """The signature in a block of code; a pytree's fields are in its docstring."""
-    value = getattr(lipjax, name)
+    value = _named(name)
     if dataclasses.is_dataclass(value):
         return []
     # Defaults and types that are objects print with addresses.

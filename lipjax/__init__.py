@@ -10,10 +10,12 @@ from typing import Any as _Any
 
 from lipjax.bounds.arithmetic import EXACT, FLOAT32
 from lipjax.bounds.ascent import ascend
+from lipjax.bounds.crown import alpha_crown_margins, crown_margins, no_norms, sdp_crown_margins
 from lipjax.bounds.dual import Multipliers, dual_margins
 from lipjax.bounds.margins import box_and_ball, lipschitz_margin, pairwise_lipschitz, worst_logits, worst_margin
 from lipjax.bounds.propagation import Bounds, full_row_norms, masked_row_norms, propagate
 from lipjax.bounds.rule import Rule
+from lipjax.certification import smoothing
 from lipjax.certification.attacks import attack, pgd
 from lipjax.certification.certificates import Certificate
 from lipjax.certification.certifier import Certifier
@@ -122,6 +124,7 @@ __all__ = [
     "TanhGELUActivation",
     "WarmStarted",
     "__version__",
+    "alpha_crown_margins",
     "ascend",
     "attack",
     "box_and_ball",
@@ -132,6 +135,7 @@ __all__ = [
     "converged_norm",
     "convolution",
     "cross_entropy",
+    "crown_margins",
     "dense",
     "dual_margins",
     "evaluate",
@@ -148,11 +152,14 @@ __all__ = [
     "local_lipschitz",
     "masked_row_norms",
     "mixed",
+    "no_norms",
     "pairwise_lipschitz",
     "pgd",
     "power_iteration",
     "propagate",
     "register",
+    "sdp_crown_margins",
+    "smoothing",
     "sparsity",
     "trades",
     "train",

@@ -31,10 +31,10 @@ class Ask(Protocol):
 
     Called with the place of a layer among those of the network, the layer, and which of its rows and columns matter (B,
     ...), it gives sigma (B,) and whatever it wants to hand back (the next starts of power iterations, say). Outside of
-    a traced function it may be a loop on the host.
+    a traced function it may be a loop on the host. Where sigma is None, there is no ball behind the layer.
     """
 
-    def __call__(self, place: int, layer: Affine, rows: Array, columns: Array) -> tuple[Array, Any]: ...
+    def __call__(self, place: int, layer: Affine, rows: Array, columns: Array) -> tuple[Array | None, Any]: ...
 
 
 # How a pass gets its row norms: the layer and the live columns, of one example, to one norm per output.
@@ -72,7 +72,7 @@ class Bounds:
         rows: per layer, the rows whose norms were asked for: those that matter to what comes behind, or their weights.
         sigmas: norms of the masked layers (layers,).
         lipschitz: the constant of the feature map that follows: a bound of its local Lipschitz constant over the
-            region, as good as the norms are. Ones where the pass had no ball.
+            region, as good as the norms are. Ones where the pass had no ball, infinite where it lost it.
         slack: what finite precision may be off.
         handed_back: what ``ask`` handed back for each layer.
     """
@@ -159,11 +159,13 @@ def propagate(
         if rows is not None:
             found = dataclasses.replace(found, rows=jnp.asarray(rows[number]))
         sigma, aux = None, None
-        if has_ball:
+        if entering.radius is not None:
             sigma, aux = ask(number, node.operation, found.rows, entering.live)
+        if sigma is not None:
             found = _balled(node.operation, found, entering, jnp.asarray(sigma, found.center.dtype), arithmetic)
         asked.append(found.rows)
-        sigmas.append(jnp.ones_like(found.finite, dtype=found.center.dtype) if sigma is None else sigma)
+        unknown = jnp.full_like(found.finite, jnp.inf if has_ball else 1, dtype=found.center.dtype)
+        sigmas.append(unknown if sigma is None else sigma)
         handed_back.append(aux)
         of_layers.append(slack)
         return found

@@ -21,14 +21,23 @@ METHODS = {
     "dual": {"norms": "global", "margins": "dual", "loss": "gloro"},
     "dual_b": {"norms": "global", "margins": "dual", "loss": "cross_entropy"},
     "ibp": {"norms": "none", "margins": "box_and_ball", "loss": "cross_entropy"},
+    "crown_ibp": {"norms": "none", "margins": "crown", "loss": "cross_entropy"},
     "standard": {"norms": "none", "margins": "none", "loss": "clean"},
     "at": {"norms": "none", "margins": "none", "loss": "adversarial"},  # l2 PGD, 10 steps of eps / 4: our choice
     "trades": {"norms": "none", "margins": "none", "loss": "trades"},  # the same attack, beta 6: our choice
+    "relu_stability": {"norms": "none", "margins": "none", "loss": "stability"},  # the same attack
+    "gaussian": {"norms": "none", "margins": "none", "loss": "gaussian"},  # for randomized smoothing
 }
 
 # Numbers of losses (``lipjax.training.worst_case``): as published for CIFAR-10 with 6C2F.
 CRM = {"weight": 15.0, "temperature": 5.0, "radius": 0.2}
 CLL = {"radius": 0.15, "violation": 0.3, "weight": 1e-6}
+CROWN = {
+    "start": 1.0,
+    "end": 1.0,
+}  # the mix of CROWN-IBP; published for l-infinity is an end of 0, which collapses in l2
+STABILITY = {"weight": 0.1}  # our choice, for a mean over the neurons of each activation
+GAUSSIAN = {"noise": 0.25}
 
 OWN = {"norms": "own", "margins": "own", "loss": "own"}  # of a user's method, which says all of them itself
 
@@ -80,6 +89,11 @@ def base(method: str | None, default: str = "local_gloro") -> Any:
     config.sparsity = ConfigDict({"weight": 0.0, "weight_theta": 1.0})  # of the sparsity loss, and of clips in it
     config.crm = ConfigDict(CRM)  # of the loss crm: weight, temperature, and the radius it looks after
     config.cll = ConfigDict(CLL)  # of the loss cll: radius, probability of a violation there, weight of the penalty
+    config.crown = ConfigDict(
+        CROWN
+    )  # share of CROWN in the margins of crown_ibp, from the start of the ramp to its end
+    config.stability = ConfigDict(STABILITY)  # of the loss stability: weight
+    config.gaussian = ConfigDict(GAUSSIAN)  # of the loss gaussian: standard deviation of the noise, in [0, 1] pixels
     config.dual = ConfigDict({"num_rivals": 1})  # rivals whose margins the dual methods bound, the strongest ones
     config.probe = ConfigDict({"size": 16, "max_iters": 2000})  # examples whose converged norms every epoch logs
     config.checkpoint = ConfigDict({"every": 1})  # epochs

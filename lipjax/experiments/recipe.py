@@ -82,8 +82,9 @@ def objective_of(config: Config) -> objectives.Objective:
     if references.is_reference(method.name):
         return references.find(method.name, "--config.method.name")(iterations)
     if method.loss in unbounded.UNBOUNDED:
-        return unbounded.UNBOUNDED[method.loss](iterations)
-    return methods.Bounded(
+        return unbounded.UNBOUNDED[method.loss](iterations, **numbers_of(config))
+    kind = methods.CrownIBP if method.margins == "crown" else methods.Bounded
+    return kind(
         iterations,
         local=method.norms == "local",
         box=settings.has_box(method),
@@ -110,12 +111,20 @@ def loss_of(config: Config) -> Callable[[worst_case.Outcome], Array]:
     name = config.method.loss
     if name not in worst_case.WORST_CASE:
         return references.find(name, "--config.method.loss")
-    loss = worst_case.WORST_CASE[name]
-    return functools.partial(loss, **config[name].to_dict()) if name in config else loss
+    loss, numbers = worst_case.WORST_CASE[name], numbers_of(config)
+    return functools.partial(loss, **numbers) if numbers else loss
+
+
+def numbers_of(config: Config) -> dict[str, float]:
+    """The section of the loss of a config, where it has one: numbers that it takes as arguments."""
+    name = config.method.loss
+    return config[name].to_dict() if name in config else {}
 
 
 def margins_of(config: Config) -> methods.Margins:
     """How a config bounds margins in training."""
     if config.method.margins == "dual":
         return methods.DualMargins(config.dual.num_rivals)
+    if config.method.margins == "crown":
+        return methods.CrownMargins(config.eps_train, **config.crown.to_dict())
     return methods.forward(FORWARD[config.method.margins])

@@ -17,7 +17,7 @@ from lipjax.training import unbounded, worst_case
 
 Config = Any  # an ml_collections.ConfigDict, whose entries are known at run time only
 NORMS = ("local", "global", "none")
-MARGINS = ("pairwise_lipschitz", "box_and_ball", "lipschitz_margin", "dual", "none")
+MARGINS = ("pairwise_lipschitz", "box_and_ball", "lipschitz_margin", "dual", "crown", "none")
 LOSSES = (*worst_case.WORST_CASE, *unbounded.UNBOUNDED)
 STARTS = ("saved", "random")
 # What configs of earlier versions do not say, as it was then.
@@ -29,6 +29,9 @@ SINCE = {
     "sparsity": {"weight": 0.0, "weight_theta": 1.0},
     "crm": defaults.CRM,
     "cll": defaults.CLL,
+    "crown": defaults.CROWN,
+    "stability": defaults.STABILITY,
+    "gaussian": defaults.GAUSSIAN,
 }
 
 
@@ -113,6 +116,7 @@ def check(config: Config) -> None:
         ("sparsity.weight_theta", 0),
         ("crm.weight", 0),
         ("cll.weight", 0),
+        ("stability.weight", 0),
         ("schedule.epochs", 1),
         ("schedule.batch_size", 1),
         ("power_iteration.num_iters", 1),
@@ -125,9 +129,11 @@ def check(config: Config) -> None:
         ("certify.batch_size", 1),
     ):
         _within(key, _lookup(config, key), least, math.inf)
-    own = ("crm.temperature", "crm.radius", "cll.radius")
+    own = ("crm.temperature", "crm.radius", "cll.radius", "gaussian.noise")
     for key in (*own, "eps", "eps_train", "schedule.learning_rate", "schedule.learning_rate_end", "model.theta"):
         _within(key, _lookup(config, key), 0, math.inf, open_below=True)
+    for key in ("crown.start", "crown.end"):
+        _within(key, _lookup(config, key), 0, 1)
     _within("cll.violation", config.cll.violation, 1e-6, 0.999)
     _within("power_iteration.noise", config.power_iteration.noise, 0, 1)
     for key in ("warmup", "ramp", "constant", "kappa", "kappa_end"):
@@ -141,7 +147,7 @@ def check(config: Config) -> None:
 
 def has_box(method: Config) -> bool:
     """Whether a method of a config bounds each neuron."""
-    return method.norms == "local" or method.margins in ("box_and_ball", "dual")
+    return method.norms == "local" or method.margins in ("box_and_ball", "dual", "crown")
 
 
 def check_same(config: Config, before: Config, *, more_epochs: bool = False) -> None:
@@ -176,8 +182,10 @@ def _check_method(method: Config) -> None:
     wrong = ""
     if bounded and method.margins == "none":
         wrong = "needs margins: box_and_ball, say"
-    elif bounded and method.norms == "none" and method.margins != "box_and_ball":
-        wrong = "without norms there is the box alone: give margins=box_and_ball"
+    elif bounded and method.norms == "none" and method.margins not in ("box_and_ball", "crown"):
+        wrong = "without norms there is the box alone: give margins=box_and_ball, or crown"
+    elif method.margins == "crown" and method.norms != "none":
+        wrong = "CROWN-IBP has no norms: give norms=none"
     elif not bounded and (method.margins, method.norms) != ("none", "none"):
         wrong = "is without bounds: give norms=none and margins=none"
     if wrong:

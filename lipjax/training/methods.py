@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from lipjax.bounds import margins, propagation
+from lipjax.bounds import crown, margins, propagation
 from lipjax.bounds.propagation import Ask, Bounds
 from lipjax.bounds.rule import Rule, initial_rule
 from lipjax.networks.graph import Network
@@ -65,6 +65,29 @@ class DualMargins:
         found = rule.margins(network, bounds, label, rivals)
         asked = jnp.zeros_like(own).at[rivals].set(True) | own
         return jnp.where(asked, lipschitz.at[rivals].max(found), jnp.inf)
+
+
+@dataclasses.dataclass(frozen=True)
+class CrownMargins:
+    """``(1 - mix) m_box + mix m_CROWN``, with a mix that goes from one value to another as the radius goes to its end.
+
+    Both margins are about the same boxes, so that any mix is a lower bound too.
+
+    Attributes:
+        eps: radius at the end of the ramp.
+        start: mix at a radius of 0.
+        end: mix at the end.
+    """
+
+    eps: float
+    start: float
+    end: float
+
+    def __call__(self, network, bounds, label, rule, *rest):
+        of_box = margins.box_and_ball(network.head, bounds.features, label)
+        of_crown = crown.margins_of_one(network, bounds, label)
+        mix = self.start + (self.end - self.start) * jnp.clip(bounds.input.ball / self.eps, 0, 1)
+        return (1 - mix) * of_box + mix * of_crown
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,6 +202,18 @@ class Bounded:
         region = region if self.box else region.without_box()
         region = region if self.ball else region.without_ball()
         return propagation.propagate(network, region, ask, row_norms=propagation.full_row_norms)
+
+
+@dataclasses.dataclass(frozen=True)
+class CrownIBP(Bounded):
+    """CROWN-IBP: one backward pass of CROWN through boxes of interval bounds, of the l2 ball of inputs.
+
+    Reference:
+        Zhang, Chen, Xiao, Gowal, Stanforth, Li, Boning, Hsieh, ICLR 2020.
+    """
+
+    def propagate(self, network, x, eps, ask):
+        return propagation.propagate(network, l2_ball(x, eps), crown.no_norms, row_norms=propagation.full_row_norms)
 
 
 @dataclasses.dataclass(frozen=True)

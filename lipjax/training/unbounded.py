@@ -8,10 +8,13 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from lipjax.bounds import propagation
+from lipjax.bounds.crown import no_norms
 from lipjax.bounds.rule import Rule
 from lipjax.certification.attacks import pgd
 from lipjax.networks.graph import Network
 from lipjax.networks.layers import Affine
+from lipjax.networks.regions import l2_ball
 from lipjax.training import losses
 from lipjax.training.objectives import Iterations, Metrics, warm_whole_norms
 
@@ -96,10 +99,61 @@ class Trades(Unbounded):
         return losses.trades(clean, attacked, label, TRADES_BETA), _accuracies(clean, attacked, label)
 
 
+@dataclasses.dataclass(frozen=True)
+class ReLUStability(Adversarial):
+    """Adversarial training, and a loss that is least where no neuron changes sides: ``-mean tanh(1 + lower upper)``.
+
+    The boxes are interval bounds of the l2 ball. The mean is over the neurons of each activation, and summed.
+
+    Attributes:
+        weight: of the second loss.
+
+    Reference:
+        Xiao, Tjeng, Shafiullah, Madry, ICLR 2019.
+    """
+
+    weight: float = 0.0
+
+    def losses(self, network, x, label, eps, key):
+        loss, metrics = super().losses(network, x, label, eps, key)
+        bounds = propagation.propagate(network, l2_ball(x, eps), no_norms, row_norms=propagation.full_row_norms)
+        stable = jnp.zeros_like(loss)
+        for before in bounds.before:
+            lower, upper = before.box
+            axes = tuple(range(1, lower.ndim))
+            stable = stable - jnp.mean(jnp.tanh(1 + lower * upper), axis=axes)
+        return loss + self.weight * stable, metrics | {"stability_loss": stable}
+
+
+@dataclasses.dataclass(frozen=True)
+class Gaussian(Unbounded):
+    """Cross entropy of inputs with Gaussian noise: what randomized smoothing takes a majority of.
+
+    Attributes:
+        noise: standard deviation, in [0, 1] pixels.
+
+    Reference:
+        Cohen, Rosenfeld, Kolter, ICML 2019.
+    """
+
+    noise: float = 0.0
+
+    def losses(self, network, x, label, eps, key):
+        logits = network(x + self.noise * jax.random.normal(key, x.shape, x.dtype))
+        correct = jnp.argmax(network(x), axis=1) == jnp.asarray(label, int)
+        return losses.cross_entropy(logits, label), {"clean_accuracy": correct}
+
+
 def _accuracies(clean: Array, attacked: Array, label: Array) -> Metrics:
     correct = {"clean_accuracy": clean, "pgd_accuracy": attacked}
     return {name: jnp.argmax(logits, axis=1) == jnp.asarray(label, int) for name, logits in correct.items()}
 
 
-# By the name of the loss in a config.
-UNBOUNDED = {"clean": Standard, "adversarial": Adversarial, "trades": Trades}
+# By the name of the loss in a config; those with numbers of their own have a section of theirs in it.
+UNBOUNDED = {
+    "clean": Standard,
+    "adversarial": Adversarial,
+    "trades": Trades,
+    "stability": ReLUStability,
+    "gaussian": Gaussian,
+}

@@ -18,7 +18,7 @@ from lipjax.training import objectives, training_step, unbounded
 
 EPS, KAPPA, BATCH = 0.2, 0.25, 4
 KEY = jax.random.key(3)
-BOUNDED = [name for name, parts in defaults.METHODS.items() if parts["margins"] not in ("none", "dual")]
+BOUNDED = [name for name, parts in defaults.METHODS.items() if parts["margins"] not in ("none", "dual", "crown")]
 CONVERGED = objectives.Iterations(num_iters=300, global_iters=300, noise=0.01)
 
 

@@ -20,7 +20,7 @@ from jax import Array, lax
 from lipjax.bounds.dual import Choose, Multipliers, best_weight, boxed, forward_margins, given, pull, value
 from lipjax.bounds.propagation import Bounds
 from lipjax.networks.activations import Activation
-from lipjax.networks.graph import Network, Node
+from lipjax.networks.graph import Network
 from lipjax.networks.linear_maps import length
 from lipjax.networks.masks import kept, weighted
 from lipjax.networks.regions import Preactivation
@@ -36,7 +36,7 @@ def ascend(
     network: Network,
     bounds: Bounds,
     label: Array,
-    start: Multipliers | None = None,
+    multipliers: Multipliers | None = None,
     *,
     rivals: Array,
     num_steps: int = 60,
@@ -47,37 +47,36 @@ def ascend(
         network: the classifier.
         bounds: of the batch, with leading axis B.
         label: integers (B,).
-        start: multipliers to begin with; default: what keeps the box and ball before the features, and passes on the
-            slopes of the other activations at the center.
+        multipliers: to begin with; default: CROWN's slopes, with the best weights of the balls for them.
         rivals: classes (B, R) that are asked for.
         num_steps: steps of Adam, at least 0.
 
     Returns:
-        ``(margins, multipliers)``: (B, classes), never worse than those of the forward pass; and where they were
-        attained. A pair's result does not depend on the others, beyond what rounding decides at kinks. Pairs are
-        ascended in batches that take at most 2 GB.
+        ``(margins, multipliers)``: (B, classes), never worse than those of the start and of the forward pass; and
+        where those of the dual were attained. A pair's result does not depend on the others, beyond what rounding
+        decides at kinks. Pairs are ascended in batches that take at most 2 GB.
 
     Soundness:
         As of :func:`dual_margins`.
     """
     count, asked = rivals.shape
-    flat = None if start is None else jax.tree.map(lambda leaf: leaf.reshape(count * asked, *leaf.shape[2:]), start)
+    flat = jax.tree.map(lambda leaf: leaf.reshape(count * asked, *leaf.shape[2:]), multipliers)
 
     def one(pair: tuple[Array, Array, Multipliers | None]) -> tuple[Array, Multipliers]:
-        example, rival, multipliers = pair
+        example, rival, given = pair
         own, chosen = jax.tree.map(lambda leaf: leaf[example], (bounds, label))
-        if multipliers is None:
-            state = begin(start_slopes(network, own))
-        else:
-            state = resume(network, own, chosen, rival, multipliers)
-        return finish(network, own, chosen, rival, take_steps(network, own, chosen, rival, state, num_steps, num_steps))
+        state = start(network, own, chosen, rival) if given is None else resume(network, own, chosen, rival, given)
+        begun = finish(network, own, chosen, rival, state)
+        state = take_steps(network, own, chosen, rival, state, num_steps, num_steps)
+        ended = finish(network, own, chosen, rival, state)
+        return jax.tree.map(lambda before, after: jnp.where(ended[0] > begun[0], after, before), begun, ended)
 
     pairs, at_once = (jnp.repeat(jnp.arange(count), asked), rivals.reshape(-1), flat), pairs_at_once(network)
-    found, multipliers = jax.vmap(one)(pairs) if count * asked <= at_once else lax.map(one, pairs, batch_size=at_once)
+    found, reached = jax.vmap(one)(pairs) if count * asked <= at_once else lax.map(one, pairs, batch_size=at_once)
     forward = jax.vmap(functools.partial(forward_margins, network))(bounds, label)
     better = jnp.where(jnp.asarray(rivals, int) == jnp.asarray(label, int)[:, None], 0, found.reshape(count, asked))
     all_margins = jax.vmap(lambda forward, rivals, better: forward.at[rivals].max(better))(forward, rivals, better)
-    return all_margins, jax.tree.map(lambda leaf: leaf.reshape(count, asked, *leaf.shape[1:]), multipliers)
+    return all_margins, jax.tree.map(lambda leaf: leaf.reshape(count, asked, *leaf.shape[1:]), reached)
 
 
 @jax.tree_util.register_dataclass
@@ -96,22 +95,39 @@ class AscentState:
     adam: Any
 
 
-def start_slopes(network: Network, bounds: Bounds) -> tuple[Array, ...]:
-    """Slopes at the center, and 0 where no other activation follows: the margin by box and ball, to begin with."""
-    last: dict[int, bool] = {}
+def crown(place: int, activation: Activation, c: Array, before: Preactivation) -> tuple[Array, Array]:
+    """CROWN's multipliers: the chord's slope where a lower bound takes the upper side, else that of the nearer side.
 
-    def visit(place: int, node: Node, feeds: bool) -> list[bool]:
-        if isinstance(node.operation, Activation):
-            last[place] = bool(feeds)
-            return [False]
-        return [feeds] * len(node.inputs)
+    For activations that are neither convex nor concave, the chord and the slope at the middle of the box are our
+    choice.
 
-    network.backward(True, visit)
-    slopes = []
-    in_order = (last[place] for place in sorted(last))
-    for activation, before, is_last in zip(network.activations, bounds.before, in_order, strict=True):
-        slopes.append(jnp.where(is_last, 0, activation.slopes(boxed(before))))
-    return tuple(slopes)
+    Reference:
+        Zhang, Weng, Chen, Hsieh, Daniel, NeurIPS 2018 (CROWN, with its adaptive slopes).
+    """
+    lower, upper = before.box
+    middle = activation.slopes(dataclasses.replace(before, center=(lower + upper) / 2))
+    fed, width = activation.feeding(c), upper - lower
+    if len(fed) == 1 and fed.shape[1:] == c.shape:
+        chord = (activation(upper) - activation(lower)) / jnp.where(width > 0, width, 1)
+        middle = jnp.where((c < 0) & (width > 0), chord, middle[0])[None]
+    return jnp.sum(middle * fed, axis=0), jnp.zeros((), c.dtype)
+
+
+def with_best_weights(choose: Choose) -> Choose:
+    """A walk with the multipliers of another, and for those the best weight of each ball."""
+
+    def best(place: int, activation: Activation, c: Array, before: Preactivation) -> tuple[Array, Array]:
+        g, _ = choose(place, activation, c, before)
+        g = weighted(kept(before.rows), g)
+        return g, best_weight(activation, c, g, before)
+
+    return best
+
+
+def start(network: Network, bounds: Bounds, label: Array, rival: Array) -> AscentState:
+    """The start of one pair: CROWN's slopes, with the best weights of the balls for them."""
+    trace = pull(network, bounds, label, rival, with_best_weights(crown))
+    return resume(network, bounds, label, rival, Multipliers(trace.g, trace.weight))
 
 
 def free(slopes: tuple[Array, ...], log_weights: Array) -> Choose:
@@ -186,12 +202,7 @@ def finish(
 ) -> tuple[Array, Multipliers]:
     """The margin of one pair after an ascent, with the best weights for its multipliers, and both of them."""
 
-    def choose(place: int, activation: Activation, c: Array, before: Preactivation) -> tuple[Array, Array]:
-        g, _ = free(state.slopes, state.log_weights)(place, activation, c, before)
-        g = weighted(kept(before.rows), g)
-        return g, best_weight(activation, c, g, before)
-
-    trace = pull(network, bounds, label, rival, choose)
+    trace = pull(network, bounds, label, rival, with_best_weights(free(state.slopes, state.log_weights)))
     return value(network, bounds, trace), Multipliers(trace.g, trace.weight)
 
 

@@ -14,13 +14,13 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from lipjax.bounds.ascent import ascend
-from lipjax.bounds.dual import best_weight, boxed, pull, value
+from lipjax.bounds import margins
+from lipjax.bounds.ascent import ascend, crown, with_best_weights
+from lipjax.bounds.dual import Multipliers, boxed, pull, value
 from lipjax.bounds.propagation import Bounds
 from lipjax.networks.activations import Activation
 from lipjax.networks.graph import Network
 from lipjax.networks.layers import Affine
-from lipjax.networks.masks import kept, weighted
 from lipjax.networks.regions import Preactivation
 
 
@@ -44,8 +44,7 @@ def crown_margins(network: Network, bounds: Bounds, label: Array) -> Array:
         Lower bounds, if the boxes are; up to rounding.
 
     Reference:
-        Zhang, Weng, Chen, Hsieh, Daniel, NeurIPS 2018 (CROWN, with its adaptive slopes); for activations that are
-        neither convex nor concave the slope of the chord, and that at the middle of the box, are our choice.
+        Zhang, Weng, Chen, Hsieh, Daniel, NeurIPS 2018; its slopes: ``lipjax.bounds.ascent.crown``.
     """
     return jax.vmap(lambda bounds, label: margins_of_one(network, bounds, label))(bounds, label)
 
@@ -76,12 +75,10 @@ def sdp_crown_margins(network: Network, bounds: Bounds, label: Array) -> Array:
     without = dataclasses.replace(bounds, before=tuple(map(_without_box, bounds.before)))
 
     def one(bounds: Bounds, slopes: tuple[Preactivation, ...], label: Array) -> Array:
-        def choose(place: int, activation: Activation, c: Array, before: Preactivation) -> tuple[Array, Array]:
-            g, _ = crown(place, activation, c, boxed(slopes[place]))
-            g = weighted(kept(before.rows), g)
-            return g, best_weight(activation, c, g, before)
+        def of_boxes(place: int, activation: Activation, c: Array, before: Preactivation) -> tuple[Array, Array]:
+            return crown(place, activation, c, boxed(slopes[place]))
 
-        return _of_all(network, bounds, label, choose)
+        return _of_all(network, bounds, label, with_best_weights(of_boxes))
 
     return jax.vmap(one)(without, slopes, label)
 
@@ -96,7 +93,7 @@ def alpha_crown_margins(network: Network, bounds: Bounds, label: Array, num_step
         num_steps: of ascent.
 
     Returns:
-        Margins of all rivals, no worse than those of the boxes, 0 for the label itself.
+        Margins of all rivals, no worse than those of CROWN and of the boxes, 0 for the label itself.
 
     Soundness:
         Lower bounds, if the boxes are; up to rounding.
@@ -106,20 +103,19 @@ def alpha_crown_margins(network: Network, bounds: Bounds, label: Array, num_step
     """
     features = dataclasses.replace(bounds.features, radius=None)
     without = dataclasses.replace(bounds, features=features, before=tuple(map(_without_ball, bounds.before)))
-    rivals = jnp.broadcast_to(jnp.arange(network.num_classes)[None], (len(label), network.num_classes))
-    found, _ = ascend(network, without, label, rivals=rivals, num_steps=num_steps)
-    return found
+    classes = jnp.arange(network.num_classes)
 
+    def begin(bounds: Bounds, label: Array) -> tuple[Array, Multipliers]:
+        def against(rival: Array) -> tuple[Array, Multipliers]:
+            trace = pull(network, bounds, label, rival, crown)
+            return value(network, bounds, trace), Multipliers(trace.g, trace.weight)
 
-def crown(place: int, activation: Activation, c: Array, before: Preactivation) -> tuple[Array, Array]:
-    """CROWN's multipliers: the chord's slope where a lower bound takes the upper side, else that of the nearer side."""
-    lower, upper = before.box
-    middle = activation.slopes(dataclasses.replace(before, center=(lower + upper) / 2))
-    fed, width = activation.feeding(c), upper - lower
-    if len(fed) == 1 and fed.shape[1:] == c.shape:
-        chord = (activation(upper) - activation(lower)) / jnp.where(width > 0, width, 1)
-        middle = jnp.where((c < 0) & (width > 0), chord, middle[0])[None]
-    return jnp.sum(middle * fed, axis=0), jnp.zeros((), c.dtype)
+        return jax.vmap(against)(classes)
+
+    before, start = jax.vmap(begin)(without, label)
+    rivals = jnp.broadcast_to(classes[None], before.shape)
+    found, _ = ascend(network, without, label, start, rivals=rivals, num_steps=num_steps)
+    return jnp.where(margins.own_class(found, label), 0, jnp.maximum(found, before))
 
 
 def _of_all(network: Network, bounds: Bounds, label: Array, choose: Any) -> Array:

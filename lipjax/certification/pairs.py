@@ -113,8 +113,8 @@ class _Cohort:
         at = tuple(jnp.asarray(np.resize(places, room)) for places in (examples, rivals))
         margins, taken = np.full(count, -np.inf), np.zeros(count, int)
         state, unproven = self._begin(at, count), np.arange(count)
-        rounds = min(ROUNDS, self.options.num_steps) or 1
-        lengths = np.diff(np.linspace(0, self.options.num_steps, rounds + 1).astype(int))
+        rounds = min(ROUNDS, self.options.num_steps)
+        lengths = 0, *np.diff(np.linspace(0, self.options.num_steps, rounds + 1).astype(int))  # the start may do
         for length in lengths:
             for part in cohorts.parts(unproven, self.size, count):
                 real = part[part < count]
@@ -177,7 +177,7 @@ def _start(
 ) -> AscentState:
     def one(example: Array, rival: Array) -> AscentState:
         own, chosen = jax.tree.map(lambda leaf: leaf[example], (bounds, label))
-        states = [ascent.begin(ascent.start_slopes(network, own))]
+        states = [ascent.start(network, own, chosen, rival)]
         if rule is None:
             return states[0]
         states.append(ascent.begin(rule.slopes(network, own), rule.log_weights))

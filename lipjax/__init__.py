@@ -27,11 +27,11 @@ from lipjax.networks.activations import (
     ClippedReLUActivation,
     Elementwise,
     IdentityActivation,
-    LeakyReLUActivation,
     ReLUActivation,
 )
 from lipjax.networks.graph import Concatenation, Graph, Network, Node, Sum, chain
 from lipjax.networks.layers import Affine, Bilinear, Conv, Dense, Scale, convolution, dense
+from lipjax.networks.leaky import LeakyReLUActivation
 from lipjax.networks.linear_maps import LinearMap
 from lipjax.networks.maxmin import ClippedMaxMinActivation, MaxMinActivation
 from lipjax.networks.pooling import MaxPoolActivation

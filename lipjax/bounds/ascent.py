@@ -88,11 +88,19 @@ class AscentState:
         slopes: one array (k, *shape of the pre-activations) per activation.
         log_weights: logarithms of mu r / ||c|| (activations,).
         adam: state of the optimiser.
+        offsets: what is added to the multipliers, in units of the largest coefficient, shaped like the pre-activations;
+            or empty. Branching needs them: a row that was cut may have a multiplier though nothing passes it on.
     """
 
     slopes: tuple[Array, ...]
     log_weights: Array
     adam: Any
+    offsets: tuple[Array, ...] = ()
+
+    @property
+    def moved(self) -> tuple:
+        """What is ascended."""
+        return (self.slopes, self.log_weights, *((self.offsets,) if self.offsets else ()))
 
 
 def crown(place: int, activation: Activation, c: Array, before: Preactivation) -> tuple[Array, Array]:
@@ -130,11 +138,13 @@ def start(network: Network, bounds: Bounds, label: Array, rival: Array) -> Ascen
     return resume(network, bounds, label, rival, Multipliers(trace.g, trace.weight))
 
 
-def free(slopes: tuple[Array, ...], log_weights: Array) -> Choose:
+def free(slopes: tuple[Array, ...], log_weights: Array, offsets: tuple[Array, ...] = ()) -> Choose:
     """A walk with multipliers of some slopes and weights; what those are relative to, ||c|| / r, has no gradient."""
 
     def choose(place: int, activation: Activation, c: Array, before: Preactivation) -> tuple[Array, Array]:
         g = jnp.sum(slopes[place] * activation.feeding(c), axis=0)
+        if offsets:
+            g = g + offsets[place] * lax.stop_gradient(jnp.max(jnp.abs(c)))
         if before.radius is None:
             return g, jnp.zeros((), c.dtype)
         unit = length(c) / jnp.where(before.ball > 0, before.ball, 1)
@@ -143,11 +153,12 @@ def free(slopes: tuple[Array, ...], log_weights: Array) -> Choose:
     return choose
 
 
-def begin(slopes: tuple[Array, ...], log_weights: Array | None = None) -> AscentState:
+def begin(slopes: tuple[Array, ...], log_weights: Array | None = None, offsets: tuple[Array, ...] = ()) -> AscentState:
     """The ascent of one pair from some slopes, and from mu r = ||c|| unless other weights are given."""
     if log_weights is None:
         log_weights = jnp.zeros(len(slopes), slopes[0].dtype if slopes else None)
-    return AscentState(slopes, log_weights, _adam(1).init((slopes, log_weights)))
+    state = AscentState(slopes, log_weights, None, offsets)
+    return dataclasses.replace(state, adam=_adam(1, state.moved).init(state.moved))
 
 
 def resume(network: Network, bounds: Bounds, label: Array, rival: Array, multipliers: Multipliers) -> AscentState:
@@ -169,7 +180,14 @@ def resume(network: Network, bounds: Bounds, label: Array, rival: Array, multipl
 
 
 def take_steps(
-    network: Network, bounds: Bounds, label: Array, rival: Array, state: AscentState, num_steps: int, of: int
+    network: Network,
+    bounds: Bounds,
+    label: Array,
+    rival: Array,
+    state: AscentState,
+    num_steps: int,
+    of: int,
+    share: float = 1,
 ) -> AscentState:
     """Some of the steps of an ascent of one pair.
 
@@ -181,18 +199,20 @@ def take_steps(
         state: before them.
         num_steps: how many.
         of: the number of all, by which the rates fall.
+        share: of the rates with which an ascent begins, for one that is nearly there.
     """
-    adam = _adam(of)
+    adam = _adam(of, state.moved, share)
 
     def loss(moved: tuple) -> Array:
         return -value(network, bounds, pull(network, bounds, label, rival, free(*moved)))
 
     def step(_: int, state: AscentState) -> AscentState:
-        moved = state.slopes, state.log_weights
-        gradient = jax.grad(loss)(moved)
+        gradient = jax.grad(loss)(state.moved)
         with jax.numpy_dtype_promotion("standard"):  # Optax raises floats to the power of its counts
             updates, moments = adam.update(gradient, state.adam)
-        return AscentState(*optax.apply_updates(moved, updates), moments)
+        moved: Any = optax.apply_updates(state.moved, updates)
+        slopes, log_weights, *offsets = moved
+        return AscentState(slopes, log_weights, moments, *offsets)
 
     return lax.fori_loop(0, num_steps, step, state)
 
@@ -202,7 +222,7 @@ def finish(
 ) -> tuple[Array, Multipliers]:
     """The margin of one pair after an ascent, with the best weights for its multipliers, and both of them."""
 
-    trace = pull(network, bounds, label, rival, with_best_weights(free(state.slopes, state.log_weights)))
+    trace = pull(network, bounds, label, rival, with_best_weights(free(*state.moved)))
     return value(network, bounds, trace), Multipliers(trace.g, trace.weight)
 
 
@@ -212,9 +232,10 @@ def pairs_at_once(network: Network, itemsize: int = 4) -> int:
     return max(1, MEMORY // max(1, neurons * itemsize * ARRAYS_PER_PAIR))
 
 
-def _adam(num_steps: int) -> optax.GradientTransformation:
+def _adam(num_steps: int, moved: tuple, share: float = 1) -> optax.GradientTransformation:
     slopes, weights = (
-        optax.adam(optax.cosine_decay_schedule(rate, max(1, num_steps), LAST_RATE), eps=NOISE)
+        optax.adam(optax.cosine_decay_schedule(share * rate, max(1, num_steps), LAST_RATE), eps=NOISE)
         for rate in (SLOPE_RATE, WEIGHT_RATE)
     )
-    return optax.partition({"slopes": slopes, "weights": weights}, ("slopes", "weights"))
+    kinds = ("slopes", "weights", "slopes")[: len(moved)]
+    return optax.partition({"slopes": slopes, "weights": weights}, kinds)

@@ -18,8 +18,7 @@ sides see the same values at z' as at z; z' is in the box; and ``||z' - zc|| <= 
 ascent only makes it better. With weights w of the rows, ``||w (z' - zc)|| <= r``: mu w^2 stands in place of mu.
 
 It is the Lagrangian dual of the verification problem, the layers' equations relaxed with the multipliers g (Dvijotham
-et al., UAI 2018; Bunel et al., UAI 2020), with the ball of every layer. With mu = 0 and CROWN's slopes it is CROWN
-(Zhang et al., NeurIPS 2018); for ReLU without the box and with those slopes SDP-CROWN (Chiu et al., ICML 2025).
+et al., UAI 2018; Bunel et al., UAI 2020), with the ball of every layer. Special cases: ``lipjax.bounds.crown``.
 """
 
 from __future__ import annotations
@@ -247,10 +246,9 @@ def errors(
         - ``layers``: with an output of a layer off by e, ``<k, z>`` with its coefficients k is off by ``<k, e>``;
         - ``activations``: likewise, with the coefficients of their outputs, for those that round something;
         - ``sums``: likewise, with the coefficients of the sum, not those of what it adds;
-        - ``products``: 2 gamma_N T, for the sums of this evaluation, with T the sum of the magnitudes of the N products
-          that are added. Minima are smaller than the products inside of them, which cancel;
+        - ``products``: 2 gamma_N T, for the sums of this evaluation, T the sum of the magnitudes of the N products;
         - ``minimisers``: a value at a point near the minimiser is above the minimum. A minimiser is off by at most a
-          few roundings of the largest magnitude A in its box, and the value grows by mu / 2 times the square of it.
+          few roundings of the largest magnitude A in its box or at the center: the value grows by mu / 2 of its square.
     """
     # Where coefficients have cancelled, each of them was rounded relative to itself, in this evaluation; what is off in
     # float32 is at least its unit roundoff times the value that they meet.
@@ -271,10 +269,10 @@ def errors(
         known = boxed(before)
         lower, upper = known.box
         largest = jnp.maximum(jnp.abs(lower), jnp.abs(upper))
-        width = jnp.maximum(upper - known.center, known.center - lower)
+        width = jnp.maximum(jnp.abs(upper - known.center), jnp.abs(known.center - lower))
         total += jnp.sum(c.size * activation.largest(lower, upper)) + jnp.sum(jnp.abs(g) * largest)
         total += weight / 2 * (jnp.sum(width**2) + known.ball**2)
-        minimisers += 256 * unit**2 * weight * jnp.sum(largest**2)
+        minimisers += 256 * unit**2 * weight * jnp.sum(jnp.maximum(largest, jnp.abs(known.center)) ** 2)
         addends += 4 * (c.size.size + g.size)
     for layer, k in zip(network.layers, trace.layers, strict=True):
         total += jnp.sum(k.size * jnp.abs(layer.shift))
@@ -287,15 +285,17 @@ def errors(
 
 
 def boxed(before: Preactivation) -> Preactivation:
-    """What is known before an activation, with a box that contains the center; that of its ball where it has none.
+    """What is known before an activation, with a box; that of its ball where it has none.
 
-    A radius of 0 leaves nothing but the center.
+    It contains the center where a row does not matter, as (1) takes it there; a radius of 0 leaves nothing else.
     """
     center, radius = before.center, before.radius
     if before.lower is None or before.upper is None:
         lower, upper = center - before.ball, center + before.ball
     else:
-        lower, upper = jnp.minimum(before.lower, center), jnp.maximum(before.upper, center)
+        matters = kept(before.rows)
+        lower = jnp.where(matters, before.lower, jnp.minimum(before.lower, center))
+        upper = jnp.where(matters, before.upper, jnp.maximum(before.upper, center))
     if radius is not None:
         lower, upper = (jnp.where(radius == 0, center, bound) for bound in (lower, upper))
     return dataclasses.replace(before, lower=lower, upper=upper)

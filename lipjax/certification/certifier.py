@@ -22,7 +22,7 @@ from lipjax.certification.certificates import Certificate, certificate
 from lipjax.certification.checks import check_batch, check_labels, check_start_key
 from lipjax.certification.ledger import Ledger
 from lipjax.certification.packing import Rows
-from lipjax.certification.pairs import Ascent, Starts, proven_margins
+from lipjax.certification.pairs import Prover, Starts
 from lipjax.networks.graph import Network, check_network
 from lipjax.networks.layers import Affine, Scale
 from lipjax.networks.regions import check_domain, check_eps, l2_ball
@@ -45,6 +45,7 @@ class Certification:
         products: products that each norm took (N, layers); zero where the norms were known.
         finite: nothing overflowed on the way to the features, in float32 or in this pass (N,).
         dual_steps: steps of ascent that the dual took, of all rivals (N,).
+        points: counterexamples (N, ...), not numbers where none was found; None where none was looked for.
     """
 
     certificate: Certificate
@@ -54,6 +55,7 @@ class Certification:
     products: np.ndarray
     finite: np.ndarray
     dual_steps: np.ndarray
+    points: np.ndarray | None = None
 
     def at(self, places: np.ndarray) -> Certification:
         """What was found for the examples at some places of the batch."""
@@ -188,7 +190,7 @@ class Certifier:
         *,
         sigmas: np.ndarray,
         rows: Rows,
-        options: Ascent,
+        options: Prover,
         asked: np.ndarray | None = None,
         starts: Starts | None = None,
         index: np.ndarray | None = None,
@@ -201,10 +203,9 @@ class Certifier:
             eps: l2 radius, scalar or (B,).
             sigmas: norms (B, layers) that were found for these very examples and radii, or those of the whole layers.
             rows: the rows that these are norms of.
-            options: of the ascent.
+            options: how margins are proven: :class:`lipjax.certification.pairs.Ascent`, or branch and bound.
             asked: the examples whose margins are ascended (B,); default all. Wrong predictions never are.
-            starts: where ascents begin and are left, by place and rival; see
-                :func:`lipjax.certification.pairs.proven_margins`.
+            starts: where ascents begin and are left, by place and rival.
             index: places of the examples in ``starts`` (B,).
 
         Raises:
@@ -221,11 +222,11 @@ class Certifier:
             mine = (np.asarray(found.prediction) == np.asarray(label)) & np.asarray(bounds.features.finite)
             mine = mine if asked is None else mine & asked
             forward = np.asarray(forward)
-            margins, steps = proven_margins(
-                self.network, bounds, np.asarray(label), forward, mine, options, starts, index
-            )
-            certificate = _improved(self.network, bounds, jnp.asarray(margins), jnp.asarray(label), self.claim.name)
-            return _certification(bounds, certificate, np.zeros_like(sigmas), steps)
+            proven = options.prove(self.network, bounds, np.asarray(label), forward, mine, starts, index)
+            margins, level = jnp.asarray(proven.margins), self.claim.name
+            certificate = _improved(self.network, bounds, margins, jnp.asarray(label), level)
+            whole = _certification(bounds, certificate, np.zeros_like(sigmas), proven.steps)
+            return dataclasses.replace(whole, points=proven.points)
 
     def _certify(
         self,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +30,35 @@ SUMMED_UP = 1 + 1e-9  # what the sums of error terms may round down
 Starts = dict[tuple[int, int], tuple[tuple[np.ndarray, ...], np.ndarray]]
 
 
+class Proven(NamedTuple):
+    """What was proven of a batch.
+
+    Attributes:
+        margins: net of rounding (B, classes), never worse than those of the forward pass.
+        steps: of ascent (B,).
+        points: counterexamples (B, ...), not numbers where none was found; None of who looks for none.
+    """
+
+    margins: np.ndarray
+    steps: np.ndarray
+    points: np.ndarray | None = None
+
+
+class Prover(Protocol):
+    """How margins are proven that the forward pass does not give, by norms that are known."""
+
+    def prove(
+        self,
+        network: Network,
+        bounds: Bounds,
+        label: np.ndarray,
+        forward: np.ndarray,
+        asked: np.ndarray,
+        starts: Starts | None = None,
+        index: np.ndarray | None = None,
+    ) -> Proven: ...
+
+
 @dataclasses.dataclass(frozen=True)
 class Ascent:
     """How the dual is asked.
@@ -41,50 +71,45 @@ class Ascent:
     num_steps: int = 60
     rule: Rule | None = None
 
+    def prove(
+        self,
+        network: Network,
+        bounds: Bounds,
+        label: np.ndarray,
+        forward: np.ndarray,
+        asked: np.ndarray,
+        starts: Starts | None = None,
+        index: np.ndarray | None = None,
+    ) -> Proven:
+        """Margins of a batch by the dual, for those rivals whose forward margin is not positive.
 
-def proven_margins(
-    network: Network,
-    bounds: Bounds,
-    label: np.ndarray,
-    forward: np.ndarray,
-    asked: np.ndarray,
-    options: Ascent,
-    starts: Starts | None = None,
-    index: np.ndarray | None = None,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Margins of a batch by the dual, for those rivals whose forward margin is not positive.
+        The strongest rival of each example comes first: where it cannot be refuted, the others need not be.
 
-    The strongest rival of each example comes first: where it cannot be refuted, the others need not be.
-
-    Args:
-        network: float64.
-        bounds: of the batch, with the rounding of float32 inference.
-        label: integers (B,).
-        forward: margins (B, classes) of the forward pass, net of rounding.
-        asked: which examples (B,).
-        options: how.
-        starts: by index and rival; read, and written to. Default: none.
-        index: places of the examples in ``starts`` (B,).
-
-    Returns:
-        ``(margins, steps)``: (B, classes), net of rounding, never worse than ``forward``; and steps of ascent (B,).
-    """
-    margins, steps = forward.copy(), np.zeros(len(label), int)
-    others = np.where(np.arange(forward.shape[1])[None] == label[:, None], np.inf, forward)
-    doubtful = ~(others > 0) & asked[:, None]
-    first = np.zeros_like(doubtful)
-    first[np.arange(len(label)), np.argmin(others, axis=1)] = True
-    cohort = _Cohort(network, bounds, label, options, starts, index)
-    for now in (first, ~first):
-        hopeless = np.asarray(np.any(doubtful & first & ~(margins > 0), axis=1))
-        wave = doubtful & now & (~hopeless[:, None] | first)
-        examples, rivals = np.nonzero(wave)
-        for start in range(0, len(examples), cohort.room):
-            part = slice(start, start + cohort.room)
-            found, taken = cohort.prove(examples[part], rivals[part])
-            margins[examples[part], rivals[part]] = np.fmax(margins[examples[part], rivals[part]], found)
-            np.add.at(steps, examples[part], taken)
-    return margins, steps
+        Args:
+            network: float64.
+            bounds: of the batch, with the rounding of float32 inference.
+            label: integers (B,).
+            forward: margins (B, classes) of the forward pass, net of rounding.
+            asked: which examples (B,).
+            starts: by index and rival; read, and written to. Default: none.
+            index: places of the examples in ``starts`` (B,).
+        """
+        margins, steps = forward.copy(), np.zeros(len(label), int)
+        others = np.where(np.arange(forward.shape[1])[None] == label[:, None], np.inf, forward)
+        doubtful = ~(others > 0) & asked[:, None]
+        first = np.zeros_like(doubtful)
+        first[np.arange(len(label)), np.argmin(others, axis=1)] = True
+        cohort = _Cohort(network, bounds, label, self, starts, index)
+        for now in (first, ~first):
+            hopeless = np.asarray(np.any(doubtful & first & ~(margins > 0), axis=1))
+            wave = doubtful & now & (~hopeless[:, None] | first)
+            examples, rivals = np.nonzero(wave)
+            for start in range(0, len(examples), cohort.room):
+                part = slice(start, start + cohort.room)
+                found, taken = cohort.prove(examples[part], rivals[part])
+                margins[examples[part], rivals[part]] = np.fmax(margins[examples[part], rivals[part]], found)
+                np.add.at(steps, examples[part], taken)
+        return Proven(margins, steps)
 
 
 class _Cohort:
@@ -101,7 +126,7 @@ class _Cohort:
     ) -> None:
         self.network, self.bounds, self.options = network, bounds, options
         self.label, self.starts, self.index = jnp.asarray(label), starts, index
-        self.narrow = jax.tree.map(_narrow, (network, bounds))
+        self.narrow = narrow((network, bounds))
         count, classes = bounds.slack.logits.shape
         self.size = min(PAIRS, ascent.pairs_at_once(network), count * max(1, classes - 1))
         self.room = max(self.size, ascent.pairs_at_once(network) // self.size * self.size)
@@ -167,8 +192,9 @@ class _Cohort:
         return np.arange(len(self.label)) if self.index is None else self.index
 
 
-def _narrow(leaf: Array) -> Array:
-    return leaf.astype(jnp.float32) if leaf.dtype == jnp.float64 else leaf
+def narrow(tree: Any) -> Any:
+    """What is float64 as float32."""
+    return jax.tree.map(lambda leaf: leaf.astype(jnp.float32) if leaf.dtype == jnp.float64 else leaf, tree)
 
 
 @jax.jit

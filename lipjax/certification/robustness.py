@@ -16,13 +16,25 @@ from jax import Array
 
 from lipjax.bounds import propagation
 from lipjax.bounds.rule import Rule
+from lipjax.certification.branching import branching_of
 from lipjax.certification.certificates import Certificate
 from lipjax.certification.certifier import Certifier
 from lipjax.certification.checks import check_batch, check_labels, check_start_key
 from lipjax.certification.evidence import Examples, no_evidence
 from lipjax.certification.pairs import Ascent
 from lipjax.certification.radius import certified_radii
-from lipjax.certification.stages import BOUNDING, Dual, Global, Local, StageOf, chosen_stages, climb, ladder_of
+from lipjax.certification.stages import (
+    BOUNDING,
+    OF_RADII,
+    Branch,
+    Dual,
+    Global,
+    Local,
+    StageOf,
+    chosen_stages,
+    climb,
+    ladder_of,
+)
 from lipjax.networks.graph import Network, check_network
 from lipjax.networks.layers import Dense, dense
 from lipjax.networks.regions import (
@@ -50,6 +62,7 @@ def certify(
     rtol: float = 1e-3,
     stages: Sequence[str | StageOf] | None = None,
     dual_steps: int = 60,
+    branch_seconds: float = 10.0,
     rule: Rule | None = None,
     domain: str = "ball",
 ) -> Certificate:
@@ -68,9 +81,11 @@ def certify(
         delta: total probability that anything returned is wrong, for ``"probabilistic"``.
         key: draws the random starts; not used for anything else, and independent of x and of the network.
         rtol: relative gap at which a norm is tight enough.
-        stages: some of ``("global", "local", "dual")``, in this order; default all, at level ``"estimate"`` the first
-            two. Functions of your own, from ``eps`` to a :class:`lipjax.certification.stages.Stage`, may be anywhere.
+        stages: some of ``("global", "local", "dual", "branch")``, in this order; default the first three, at level
+            ``"estimate"`` the first two. Functions of your own, from ``eps`` to a
+            :class:`lipjax.certification.stages.Stage`, may be anywhere.
         dual_steps: steps of ascent for each rival, in the dual.
+        branch_seconds: of branch and bound on the dual, for each input.
         rule: trained slopes that the dual may start from.
         domain: ``"ball"``, the whole l2 ball, or ``"pixels"``, what of it lies in [0, 1]: the claim is about those
             inputs alone.
@@ -92,7 +107,8 @@ def certify(
     _check_classes(network, x, label)
     certifier = Certifier(network, len(x), level=level, delta=delta, key=key, rtol=rtol, domain=domain)
     check_domain(x, domain)
-    known = {"global": Global(eps), "local": Local(eps), "dual": Dual(eps, _ascent(dual_steps, rule))}
+    ascent, branching = _ascent(dual_steps, rule), branching_of(branch_seconds)
+    known = {"global": Global(eps), "local": Local(eps), "dual": Dual(eps, ascent), "branch": Branch(eps, branching)}
     ladder = ladder_of(chosen_stages(stages, certifier.claim, BOUNDING), known, eps)
     evidence = no_evidence(certifier, np.asarray(label))
     climb(ladder, certifier, evidence, functools.partial(_whole, x, label))
@@ -157,8 +173,8 @@ def certified_radius(
         raise ValueError(f"max_rounds={max_rounds!r} cannot be used; give an integer more than 0")
     ascent, certifier = _ascent(dual_steps, rule), Certifier(network, len(x), rounds=max_rounds, **options)
     names = chosen_stages(stages, certifier.claim, BOUNDING)
-    if any(map(callable, names)):
-        raise ValueError("stages of a radius have to be names: some of " + ", ".join(BOUNDING))
+    if any(map(callable, names)) or "branch" in names:
+        raise ValueError("stages of a radius have to be some of " + ", ".join(OF_RADII))
     check_domain(x, certifier.domain)
     batch = (np.asarray(x), np.asarray(label), np.arange(len(x)))
     radii = certified_radii(certifier, *batch, max_eps=max_eps, tol=tol, stages=names, options=ascent)

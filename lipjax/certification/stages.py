@@ -13,14 +13,17 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from lipjax.certification.branching import Branching
 from lipjax.certification.certifier import Certifier
 from lipjax.certification.evidence import NAME_LENGTH, Evidence, Examples
 from lipjax.certification.packing import pack, unpack
-from lipjax.certification.pairs import Ascent
+from lipjax.certification.pairs import Ascent, Prover
 from lipjax.norms.cohorts import Claim
 
-NAMES = ("global", "attack", "local", "dual")
-BOUNDING = ("global", "local", "dual")  # those of them that certify
+NAMES = ("global", "attack", "local", "dual", "branch")
+BOUNDING = ("global", "local", "dual", "branch")  # those of them that certify
+OF_RADII = ("global", "local", "dual")  # those of them that a search for a radius may ask again and again
+PROOFS = ("dual", "branch")  # those that need norms that are bounds
 
 
 class Stage(Protocol):
@@ -120,7 +123,8 @@ def chosen_stages(
 
     Args:
         stages: names, in the order of the ladder, and functions of a user that make stages, anywhere. Default all that
-            are known and that go with the claim: the dual is a proof, and needs norms that are bounds.
+            are known and that go with the claim, but for branching, which takes long: the dual is a proof, and needs
+            norms that are bounds.
         claim: what norms are worth.
         known: the names there are.
 
@@ -128,7 +132,7 @@ def chosen_stages(
         ValueError: an unknown stage, one twice or in another order, none that certifies, or a proof from estimates.
     """
     if stages is None:
-        return tuple(name for name in known if name != "dual" or claim.is_bound)
+        return tuple(name for name in known if name != "branch" and (name != "dual" or claim.is_bound))
     stages = (stages,) if isinstance(stages, str) or callable(stages) else tuple(stages)
     names, text = [stage for stage in stages if not callable(stage)], ",".join(map(str, stages))
     unknown = [name for name in names if name not in known]
@@ -141,10 +145,11 @@ def chosen_stages(
         raise ValueError(f"stages={text} are not in order; give each once, in the order {','.join(known)}")
     if len(names) == len(stages) and not set(names) & set(BOUNDING):
         raise ValueError(f"stages={text} certify nothing; give at least one of {', '.join(BOUNDING)}")
-    if "dual" in names and not claim.is_bound:
+    proofs = [name for name in names if name in PROOFS]
+    if proofs and not claim.is_bound:
         raise ValueError(
-            f"stages={text} name 'dual', which is a proof, but level={claim.name!r} is none: leave it out, or give a "
-            "level that is a bound"
+            f"stages={text} name {proofs[0]!r}, which is a proof, but level={claim.name!r} is none: leave it out, or "
+            "give a level that is a bound"
         )
     return stages
 
@@ -229,7 +234,7 @@ class Dual(Bounding):
         options: of the ascent.
     """
 
-    options: Ascent = dataclasses.field(default_factory=Ascent)
+    options: Prover = dataclasses.field(default_factory=Ascent)
     name = "dual"
 
     def __call__(
@@ -244,3 +249,21 @@ class Dual(Bounding):
             asked=asked,
         )
         evidence.learn(self.name, places, found)
+        if found.points is not None:
+            points = found.points[: len(places)]
+            broken = ~np.isnan(points.reshape(len(places), -1)).any(axis=1)
+            if evidence.points.shape[1:] == points.shape[1:]:
+                evidence.points[places[broken]] = points[broken]
+            evidence.refute(self.name, places, broken)
+
+
+@dataclasses.dataclass(frozen=True)
+class Branch(Dual):
+    """Certificates by branch and bound on the dual, and counterexamples found on the way.
+
+    Attributes:
+        options: of the branching.
+    """
+
+    options: Prover = dataclasses.field(default_factory=Branching)
+    name = "branch"

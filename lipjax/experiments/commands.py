@@ -92,6 +92,7 @@ def certify_command(parser: Parser, arguments: list[str]) -> None:
     )
     parser.add_argument("--stages", metavar="A,B", help=STAGES)
     parser.add_argument("--dual-steps", type=int, default=60, help="steps of the dual for each rival; default: 60")
+    parser.add_argument("--branch-seconds", type=float, default=10.0, help="of branch, for each image; default: 10")
     parser.add_argument("--domain", default="ball", choices=DOMAINS, help=DOMAIN)
     parser.add_argument("--resume", action="store_true", help="go on with a certification that was killed")
     parser.add_argument("--no-triage", action="store_true", help="attack and bound what is already decided as well")
@@ -110,6 +111,7 @@ def certify_command(parser: Parser, arguments: list[str]) -> None:
         "radius": options.radius,
         "stages": [_named(name, "--stages") for name in options.stages.split(",")] if options.stages else None,
         "dual_steps": options.dual_steps,
+        "branch_seconds": options.branch_seconds,
         "domain": options.domain,
         "resume": options.resume,
     }

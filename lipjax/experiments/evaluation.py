@@ -15,6 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 from lipjax.bounds.rule import Rule
+from lipjax.certification.branching import branching_of
 from lipjax.certification.certifier import Certifier
 from lipjax.certification.evidence import Evidence, Examples, no_evidence
 from lipjax.certification.pairs import Ascent
@@ -23,6 +24,8 @@ from lipjax.certification.radius import Radius
 from lipjax.certification.records import fingerprint
 from lipjax.certification.stages import (
     NAMES,
+    OF_RADII,
+    Branch,
     Cohorts,
     Dual,
     Global,
@@ -84,6 +87,7 @@ def evaluate(
     rtol: float = 1e-3,
     stages: Sequence[str | StageOf] | None = None,
     dual_steps: int = 60,
+    branch_seconds: float = 10.0,
     rule: Rule | None = None,
     domain: str = "ball",
     triage: bool = True,
@@ -105,9 +109,10 @@ def evaluate(
         level: what the norms are worth, as of :func:`lipjax.certify`.
         delta: total probability that any certificate is wrong.
         rtol: relative gap at which a norm is tight enough.
-        stages: some of ``("global", "attack", "local", "dual")``, in this order; default all, at level ``"estimate"``
-            the first three. Functions of your own may stand anywhere, as of :func:`lipjax.certify`.
+        stages: some of ``("global", "attack", "local", "dual", "branch")``, in this order; default the first four, at
+            level ``"estimate"`` the first three. Functions of your own may stand anywhere (:func:`lipjax.certify`).
         dual_steps: steps of ascent for each rival.
+        branch_seconds: of branch and bound, for each example.
         rule: trained slopes that the dual may start from.
         domain: what is certified and attacked: the whole ``"ball"``, or ``"pixels"``, what of it lies in [0, 1].
         triage: leave out what an earlier stage has decided; without it every example goes through all stages, and
@@ -140,11 +145,16 @@ def evaluate(
         "attack": Attack(network, eps, domain, attack_key, strong=claim.is_bound),
         "local": Local(eps),
         "dual": Dual(eps, options),
+        "branch": Branch(eps, branching_of(branch_seconds)),
     }
     chosen = chosen_stages(stages, claim)
     ladder = ladder_of(chosen, known, eps)
     names = tuple(stage.name for stage in ladder)
-    climbed = (*ladder, Radius(eps, options, tuple(name for name in chosen if name in NAMES))) if radius else ladder
+    climbed = (
+        (*ladder, Radius(eps, options, tuple(name for name in chosen if name in ("attack", *OF_RADII))))
+        if radius
+        else ladder
+    )
     evidence = no_evidence(certifier, dataset.labels, dataset.images.shape[1:])
     facts = {
         "eps": eps,
@@ -155,7 +165,7 @@ def evaluate(
         "stages": names,
         "domain": domain,
     }
-    facts |= {"dual_steps": dual_steps, "triage": triage, "radius": radius}
+    facts |= {"dual_steps": dual_steps, "branch_seconds": branch_seconds, "triage": triage, "radius": radius}
     facts |= {"network": fingerprint(network), "rule": digest(rule), "scale": dataset.scale}
     facts |= {"data": digest((dataset.images, dataset.labels)), "version": importlib.metadata.version("lipjax")}
     file = ProgressFile(progress, facts, SAVE_SECONDS)
@@ -188,6 +198,7 @@ def evaluate(
         "rtol": rtol,
         "stages": list(names),
         "dual_steps": dual_steps if "dual" in names else None,
+        "branch_seconds": branch_seconds if "branch" in names else None,
         "triage": triage,
         "dtype": np.dtype(claim.dtype).name,
         "ledger": certifier.ledger.facts(),

@@ -16,7 +16,6 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from lipjax.floating_point import SMALLEST32, UNIT32, highest
 from lipjax.networks.pieces import Piece, least, lowest
 from lipjax.networks.regions import Known
 
@@ -93,6 +92,17 @@ class Activation:
         """
         raise NotImplementedError(f"{type(self).__name__} has no minimum, which the dual needs: define one")
 
+    def cut(self, lower: Array, upper: Array) -> Array:
+        """Where branching cuts the box of each row in two, strictly inside of it where it has a width."""
+        return (lower + upper) / 2
+
+    def gaps(self, c: Array, lower: Array, upper: Array) -> Array:
+        """For each row, how much of a margin with coefficients ``c`` of the outputs it may cost not to cut its box.
+
+        An estimate, by which branching chooses; zero where a cut is of no use.
+        """
+        return jnp.zeros_like(lower)
+
     def sparsity(self, lower: Array, upper: Array, weight_theta: Array | float) -> Array:
         """How far the outputs are from being constant on a box, on average, scalar; 0 if they have no way to be.
 
@@ -135,6 +145,19 @@ class Elementwise(Activation):
     def pieces(self) -> tuple[Piece, ...]:
         """The pieces, which cover the line; numbers, or arrays shaped like the activation."""
         raise NotImplementedError
+
+    def cut(self, lower: Array, upper: Array) -> Array:
+        """At the end of a piece that is nearest to the middle of the box, if one is inside; else at the middle."""
+        middle = (lower + upper) / 2
+        best, distance = middle, jnp.full_like(middle, jnp.inf)
+        for piece in self.pieces()[1:]:
+            kink = jnp.broadcast_to(jnp.asarray(piece.start, lower.dtype), middle.shape)
+            nearer = (lower < kink) & (kink < upper) & (jnp.abs(kink - middle) < distance)
+            best, distance = jnp.where(nearer, kink, best), jnp.where(nearer, jnp.abs(kink - middle), distance)
+        return best
+
+    def gaps(self, c: Array, lower: Array, upper: Array) -> Array:
+        return chord_gaps(self, c, lower, upper)
 
     def minimum(self, c: Array, g: Array, weight: Array, region: Known) -> tuple[Array, Array]:
         fixed = lax.stop_gradient((c, g, weight, region))
@@ -253,51 +276,12 @@ class ClipActivation(Elementwise):
         return (jnp.minimum(inside, upper - lower) / jnp.maximum(upper - lower, 1e-12))[None]
 
 
-@jax.tree_util.register_dataclass
-@activation
-class LeakyReLUActivation(Elementwise):
-    """``z`` for z >= 0, else ``slope z``: leaky ReLU, PReLU with its slopes, and the absolute value with slope -1.
-
-    A row whose neuron is below 0 on the whole box counts by the slope.
-
-    Attributes:
-        slope: broadcasts to the activation.
-    """
-
-    weighs: ClassVar[bool] = True
-
-    slope: Array
-
-    @property
-    def lipschitz(self) -> Array:
-        return jnp.maximum(highest(jnp.abs(self.slope).ravel()), 1)
-
-    def __call__(self, z: Array) -> Array:
-        return jnp.where(z >= 0, z, self.slope.astype(z.dtype) * z)
-
-    def box(self, lower: Array, upper: Array) -> tuple[Array, Array]:
-        ends = [self(bound) for bound in (lower, upper, jnp.clip(jnp.zeros_like(lower), lower, upper))]
-        return functools.reduce(jnp.minimum, ends), functools.reduce(jnp.maximum, ends)
-
-    def row_weights(self, lower: Array, upper: Array) -> Array:
-        below = jnp.where(lower >= 0, 0, jnp.abs(self.slope))
-        return jnp.maximum(below, jnp.where(upper <= 0, jnp.zeros_like(upper), 1)) / self.lipschitz
-
-    def live_outputs(self, lower: Array, upper: Array) -> Array:
-        return ~((upper <= 0) & (self.slope == 0))
-
-    def errors(self, lower: Array, upper: Array) -> Array:
-        rounded = jnp.where(jnp.abs(self.slope) == 1, 0, UNIT32 * jnp.abs(self.slope)) * jnp.maximum(-lower, 0)
-        return jnp.where((self.slope == 0) | (lower >= 0), 0, 2 * (rounded + SMALLEST32))
-
-    def pieces(self) -> tuple[Piece, ...]:
-        return Piece(self.slope, 0, -jnp.inf, 0), Piece(jnp.ones_like(self.slope), 0, 0, jnp.inf)
-
-    def phase(self, region: Known) -> Array:
-        return (region.center / width_with_zero(region))[None]
-
-    def slopes(self, region: Known) -> Array:
-        return jnp.where(region.center > 0, jnp.ones_like(region.center), self.slope)[None]
+def chord_gaps(activation: Activation, c: Array, lower: Array, upper: Array) -> Array:
+    """How far an activation of each entry is from its chord at the cut of a box, times the coefficients."""
+    at, width = activation.cut(lower, upper), upper - lower
+    share = (at - lower) / jnp.where(width > 0, width, 1)
+    chord = activation(lower) * (1 - share) + activation(upper) * share
+    return jnp.where(width > 0, jnp.abs(c * (activation(at) - chord)), 0)
 
 
 def width_with_zero(region: Known) -> Array:

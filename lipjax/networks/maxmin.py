@@ -52,6 +52,28 @@ class Pairs(Activation):
         first, second = jnp.where(chosen.swapped, smaller, larger), jnp.where(chosen.swapped, larger, smaller)
         return jnp.sum(values), jnp.concatenate([first, second], axis=-1)
 
+    def cut(self, lower: Array, upper: Array) -> Array:
+        """In the middle of what the boxes of a pair have in common, where that is inside of the row's own box."""
+        other_lower, other_upper = (
+            jnp.concatenate(jnp.split(bound, 2, axis=-1)[::-1], axis=-1) for bound in (lower, upper)
+        )
+        common = (jnp.maximum(lower, other_lower) + jnp.minimum(upper, other_upper)) / 2
+        return jnp.where((lower < common) & (common < upper), common, (lower + upper) / 2)
+
+    def gaps(self, c: Array, lower: Array, upper: Array) -> Array:
+        """By the chord of ``|z1 - z2|``, whose half is added in the max and subtracted in the min."""
+        (first, second), (first_up, second_up) = (jnp.split(bound, 2, axis=-1) for bound in (lower, upper))
+        of_max, of_min = jnp.split(c, 2, axis=-1)
+        low, high = first - second_up, first_up - second
+        width = high - low
+        gap = jnp.where((low < 0) & (high > 0), -low * high / jnp.where(width > 0, width, 1), 0)
+        each, widths = jnp.abs(of_max - of_min) * gap, upper - lower
+        # The wider of both rows is cut.
+        share = jnp.split(widths, 2, axis=-1)
+        total = share[0] + share[1]
+        parts = (each * width / jnp.where(total > 0, total, 1) for width in share)
+        return jnp.concatenate(list(parts), axis=-1)
+
     @staticmethod
     def _on(piece: PairPiece, c: Array, g: Array, weight: Array, region: Known) -> tuple[Array, Any, Array]:
         """The least value of each pair on its part of a piece, where it is, and whether that part is empty."""

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from lipjax.networks.activations import Activation, activation, width_with_zero
+from lipjax.networks.activations import Activation, activation, chord_gaps, width_with_zero
 from lipjax.networks.pieces import lowest
 from lipjax.networks.regions import Known
 
@@ -72,6 +72,9 @@ class Smooth(Activation):
 
     def slopes(self, region: Known) -> Array:
         return self.slope(region.center)[None]
+
+    def gaps(self, c: Array, lower: Array, upper: Array) -> Array:
+        return chord_gaps(self, c, lower, upper)
 
     def phase(self, region: Known) -> Array:
         return (region.center / width_with_zero(region))[None]

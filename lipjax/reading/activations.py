@@ -9,7 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lipjax.networks.activations import Activation, ClipActivation, LeakyReLUActivation, ReLUActivation
+from lipjax.networks.activations import Activation, ClipActivation, ReLUActivation
+from lipjax.networks.leaky import LeakyReLUActivation
 from lipjax.networks.smooth import (
     ELUActivation,
     GELUActivation,

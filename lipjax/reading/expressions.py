@@ -17,7 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from lipjax.networks.activations import Activation, ClipActivation, LeakyReLUActivation, ReLUActivation
+from lipjax.networks.activations import Activation, ClipActivation, ReLUActivation
+from lipjax.networks.leaky import LeakyReLUActivation
 from lipjax.networks.smooth import SigmoidActivation
 from lipjax.reading import activations, tracing
 

@@ -14,7 +14,8 @@ from flax import nnx
 from jax import Array
 
 from lipjax.networks import layers
-from lipjax.networks.activations import ClippedReLUActivation, LeakyReLUActivation
+from lipjax.networks.activations import ClippedReLUActivation
+from lipjax.networks.leaky import LeakyReLUActivation
 from lipjax.networks.maxmin import ClippedMaxMinActivation, MaxMinActivation
 from lipjax.reading import activations, interpreter, linear, markers, modules, tracing
 from lipjax.reading.values import Value

@@ -77,6 +77,7 @@ def main() -> None:
         for name in chosen:
             finish(name, seed, options)
             write(chosen, options)
+            jax.clear_caches()  # the compiled programs of dozens of runs leave no memory maps to the next
     print((options.workdir / "methods.md").read_text())
 
 

@@ -16,10 +16,9 @@ from lipjax.errors import InputError
 from lipjax.experiments import certifying, figures, reports, runs, settings
 from lipjax.files import replace_text
 from reproduction import published
-from reproduction.published import Cell, Row, Table
+from reproduction.published import Asked, Cell, Row, Table
 
 SAMPLE = 1000  # images
-STAGES = ("global", "attack", "local")  # the paper's
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,10 +67,12 @@ class Measured:
             return statistics.median(row["training_seconds"] for row in later)
         if quantity == "local Lipschitz bound":
             return self.sample["mean_local_lipschitz"]
+        after = {"certified": "local", "certified by the dual": "dual"}.get(quantity)
+        if after:
+            return 100 * self.summary["certified_accuracy_after"][after]
         key, factor = {
             "clean": ("clean_accuracy", 100),
             "PGD": ("pgd_accuracy", 100),
-            "certified": ("certified_accuracy", 100),
             "global Lipschitz bound": ("global_lipschitz", 1),
         }[quantity]
         return factor * self.summary[key]
@@ -97,7 +98,7 @@ def table(name: str, options: Options) -> pathlib.Path:
     path, problems = _write(name, chosen, options, seeds, {}), {}
     for cell in meant:
         for seed in range(seeds):
-            _finish(cell, seed, options, problems, chosen.sample)
+            _finish(cell, seed, options, problems, chosen.asked)
             path = _write(name, chosen, options, seeds, problems)
     if problems:
         raise InputError(f"{', '.join(problems)} could not be made; the reasons are above, the others are in {path}")
@@ -114,10 +115,11 @@ def figure(name: str, options: Options) -> pathlib.Path:
     needed = published.FIGURE_CELLS if name == "figure2" else {"Local-Lip-B": published.FIGURE_CELLS["Local-Lip-B"]}
     found = {}
     sample = published.FIGURE_SAMPLES.get(name)
+    asked = published.Asked(sample)
     for label, cell in needed.items():
         problems: dict[str, str] = {}
-        _finish(cell, 0, options, problems, sample)
-        measured = _measured(cell, 0, options, sample)
+        _finish(cell, 0, options, problems, asked)
+        measured = _measured(cell, 0, options, asked)
         if measured is None:
             raise InputError(f"{name}: the run {cell.name} could not be made: {', '.join(problems.values())}")
         found[label] = measured
@@ -164,13 +166,10 @@ def _config(cell: Cell, seed: int, options: Options) -> settings.Config:
     return config
 
 
-def _finish(cell: Cell, seed: int, options: Options, problems: dict[str, str], sample: str | None) -> None:
-    """Train and certify a cell, or what is left of it; what cannot be used is printed and kept in ``problems``.
-
-    ``sample`` is the level of the sample that is needed, if one is.
-    """
-    folder = _folder(cell, seed, options)
-    if _measured(cell, seed, options, sample) is not None:
+def _finish(cell: Cell, seed: int, options: Options, problems: dict[str, str], asked: Asked) -> None:
+    """Train and certify a cell, or what is left of it; what cannot be used is printed and kept in ``problems``."""
+    folder, sample, stages = _folder(cell, seed, options), asked.sample, asked.stages
+    if _measured(cell, seed, options, asked) is not None:
         return
     print(f"\n== {folder.name}", flush=True)
     try:
@@ -179,12 +178,12 @@ def _finish(cell: Cell, seed: int, options: Options, problems: dict[str, str], s
         if not runs.is_finished(config, folder):
             runs.train(config, folder, resume=folder.exists())
         figures.plot_learning_curves(folder)
-        if _summary(_certified(folder), options.limit) is None:
-            certifying.certify_run(folder, limit=options.limit, output=_certified(folder), stages=STAGES)
-        if sample and _summary(_sample_folder(folder, sample), _sample(options)) is None:
+        if _summary(_certified(folder), options.limit, stages) is None:
+            certifying.certify_run(folder, limit=options.limit, output=_certified(folder), stages=stages)
+        if sample and _summary(_sample_folder(folder, sample), _sample(options), stages) is None:
             output = _sample_folder(folder, sample)
             certifying.certify_run(
-                folder, limit=_sample(options), level=sample, triage=False, output=output, stages=STAGES
+                folder, limit=_sample(options), level=sample, triage=False, output=output, stages=stages
             )
     except InputError as error:
         problems[folder.name] = str(error)
@@ -204,7 +203,7 @@ def _check_begun(config: settings.Config, folder: pathlib.Path, options: Options
     settings.check_same(config, begun)
 
 
-def _measured(cell: Cell, seed: int, options: Options, sample: str | None) -> Measured | None:
+def _measured(cell: Cell, seed: int, options: Options, asked: Asked) -> Measured | None:
     """The run of a cell, if it has this config at this scale, is finished and certified as far as is asked for."""
     folder = _folder(cell, seed, options)
     if not (folder / "config.json").exists():
@@ -215,8 +214,8 @@ def _measured(cell: Cell, seed: int, options: Options, sample: str | None) -> Me
     except InputError:
         return None
     rows = reports.read_rows(folder, before=sys.maxsize)
-    summary = _summary(_certified(folder), options.limit)
-    extra = _summary(_sample_folder(folder, sample), _sample(options)) if sample else {}
+    summary, sample = _summary(_certified(folder), options.limit, asked.stages), asked.sample
+    extra = _summary(_sample_folder(folder, sample), _sample(options), asked.stages) if sample else {}
     if len(rows) < config.schedule.epochs or summary is None or extra is None:
         return None
     return Measured(folder, rows, summary, extra)
@@ -236,11 +235,13 @@ def _sample(options: Options) -> int:
     return min(options.limit or SAMPLE, SAMPLE)
 
 
-def _summary(folder: pathlib.Path, limit: int | None) -> dict[str, Any] | None:
-    """What is in a folder, if it is about so many images, or about all there are."""
+def _summary(folder: pathlib.Path, limit: int | None, stages: tuple[str, ...]) -> dict[str, Any] | None:
+    """What is in a folder, if it is about so many images, or about all there are, and all of these stages."""
     path = folder / "summary.json"
     found = json.loads(path.read_text()) if path.exists() else None
     if found is None or found["counts"]["examples"] < min(limit or sys.maxsize, found["split_size"]):
+        return None
+    if not set(stages) <= set(found["stages"]):
         return None
     return found
 
@@ -277,7 +278,7 @@ def _line(row: Row, chosen: Table, options: Options, seeds: int, problems: dict[
     if row.cell is None:
         remark = "method not in lipjax"
     else:
-        every = [_measured(row.cell, seed, options, chosen.sample) for seed in range(seeds)]
+        every = [_measured(row.cell, seed, options, chosen.asked) for seed in range(seeds)]
         found = [one for one in every if one is not None]
         named = [problem for seed in range(seeds) if (problem := problems.get(_folder(row.cell, seed, options).name))]
         remark = named[0] if named else "" if len(found) == seeds else "not run" if not found else "seeds are missing"

@@ -19,6 +19,7 @@ from lipjax.experiments import recipe
 from lipjax.training import methods, objectives, training_step
 
 EPS, KAPPA = 0.2, 0.25
+SLOW = ("graph", *(kind for kind in oracles.KINDS if kind != "dense pairs"))
 BOUNDS = {
     "CROWN": jax.jit(lipjax.crown_margins),
     "alpha-CROWN": jax.jit(lipjax.alpha_crown_margins),
@@ -93,7 +94,9 @@ def test_an_interval_pass_has_no_constant_and_no_balls_behind_the_first_layer():
     np.testing.assert_allclose(found.features.upper[0], upper, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", [*oracles.KINDS, "residual", "graph"])
+@pytest.mark.parametrize(
+    "kind", ["dense pairs", "residual", *(pytest.param(kind, marks=pytest.mark.slow) for kind in SLOW)]
+)
 @pytest.mark.parametrize("name", BOUNDS)
 def test_no_bound_is_above_a_sample(name, kind):
     for seed in range(3):

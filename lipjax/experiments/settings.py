@@ -20,6 +20,7 @@ NORMS = ("local", "global", "none")
 MARGINS = ("pairwise_lipschitz", "box_and_ball", "lipschitz_margin", "dual", "crown", "none")
 LOSSES = (*worst_case.WORST_CASE, *unbounded.UNBOUNDED)
 STARTS = ("saved", "random")
+SECTIONS = ("crm", "cll", "stability", "gaussian", "crown")  # numbers of one loss, or of one kind of margins
 # What configs of earlier versions do not say, as it was then.
 SINCE = {
     "data": {"crop_padding": 0},
@@ -155,7 +156,9 @@ def check_same(config: Config, before: Config, *, more_epochs: bool = False) -> 
 
     Where it reads may change, and with ``more_epochs`` their number may grow.
     """
-    free: tuple[str, ...] = ("data.dir", "data.cache", "certify.", "checkpoint.")
+    used = (config.method.loss, config.method.margins)
+    unused = (f"{section}." for section in SECTIONS if section not in used)
+    free: tuple[str, ...] = ("data.dir", "data.cache", "certify.", "checkpoint.", *unused)
     if more_epochs and config.schedule.epochs > before.schedule.epochs:
         free = (*free, "schedule.epochs")
     now, then = _flat(config.to_dict()), _flat(before.to_dict())

@@ -36,6 +36,7 @@ from lipjax.networks.linear_maps import length
 from lipjax.networks.masks import kept
 
 AT_ONCE = 32  # domains that are cut together, at most
+COMPILING = 2  # domains after which each program has been called: the root and two parts
 # Steps of ascent, and the share of its rates: a child begins near to where it ends, and would be shaken off by more.
 ROOT, CHILD = (60, 1.0), (40, 0.1)
 TRIED, LEAST_WIN = 8, 1e-4  # cuts of a domain that are tried; what a part counts for that wins nothing
@@ -84,9 +85,13 @@ class Branching:
         """
         margins, steps = forward.copy(), np.zeros(len(label), int)
         points = np.full(bounds.input.center.shape, np.nan, np.float32)
-        for k in np.flatnonzero(asked):
-            tree = _Tree(network, jax.tree.map(lambda leaf, k=k: leaf[k], bounds), int(label[k]), self)
+        briefly = dataclasses.replace(self, seconds=math.inf, max_domains=COMPILING)
+        for place, k in enumerate(np.flatnonzero(asked)):
+            own = jax.tree.map(lambda leaf, k=k: leaf[k], bounds)
             others = np.where(np.arange(forward.shape[1]) == label[k], np.inf, forward[k])
+            if place == 0:  # compiles everything before the clock runs
+                _Tree(network, own, int(label[k]), briefly).margin(int(np.argmin(others)))
+            tree = _Tree(network, own, int(label[k]), self)
             for rival in np.argsort(others):
                 if others[rival] > 0:
                     break

@@ -211,3 +211,19 @@ def test_margins_of_the_box_are_never_above_crown_by_much_and_often_far_below():
     of_crown = np.asarray(BOUNDS["CROWN"](network, bounds, label))
     rivals = np.arange(3)[None] != np.asarray(label)[:, None]
     assert (of_crown - of_box)[rivals].mean() > 0.1
+
+
+def test_sdp_crown_of_a_row_with_a_weight_reaches_as_far_as_the_row():
+    """``z = x + 1.5`` behind tanh: its weight is below 1, and z still moves by eps."""
+
+    def dense(kernel, bias):
+        return lipjax.dense(jnp.asarray(kernel, jnp.float32), jnp.asarray(bias, jnp.float32), (1,))
+
+    network = lipjax.chain(dense([[1.0]], [1.5]), lipjax.TanhActivation(), dense([[10.0, 0.0]], [0.0, 0.0]))
+
+    def ask(place, layer, rows, columns):
+        return jnp.max(jnp.abs(rows), axis=1) * 1.000001, None
+
+    bounds = lipjax.propagate(network, lipjax.l2_ball(jnp.zeros((1, 1)), 1.0), ask)
+    found = lipjax.sdp_crown_margins(network, bounds, jnp.array([0]))
+    assert float(found[0, 1]) <= 10 * np.tanh(0.5) + 1e-4

@@ -79,6 +79,7 @@ def test_bad_numbers_are_named(changes, message):
         smoothing.smoothed_radius(half_plane, jnp.ones((1, 2)), **given, key=KEY)
 
 
-def test_integers_are_refused():
+@pytest.mark.parametrize("kind", [jnp.int32, jnp.bfloat16, jnp.float16])
+def test_narrow_types_are_refused(kind):
     with pytest.raises(TypeError, match="floating-point"):
-        smoothing.smoothed_radius(half_plane, jnp.ones((1, 2), jnp.int32), 0.1, 10, 0.1, KEY)
+        smoothing.smoothed_radius(half_plane, jnp.ones((1, 2), kind), 0.1, 10, 0.1, KEY)

@@ -18,7 +18,7 @@ sides see the same values at z' as at z; z' is in the box; and ``||z' - zc|| <= 
 ascent only makes it better. With weights w of the rows, ``||w (z' - zc)|| <= r``: mu w^2 stands in place of mu.
 
 It is the Lagrangian dual of the verification problem, the layers' equations relaxed with the multipliers g (Dvijotham
-et al., UAI 2018; Bunel et al., UAI 2020), with the ball of every layer. Special cases: ``lipjax.bounds.crown``.
+et al., UAI 2018; Bunel et al., UAI 2020), with every layer's ball; special cases: ``lipjax.bounds.crown``.
 """
 
 from __future__ import annotations
@@ -104,8 +104,7 @@ class Trace:
     input: Coefficients
 
 
-# How a walk gets multipliers: from the place among all activations, the activation, c and what is known before it to g
-# and mu.
+# How a walk gets multipliers: from the place of the activation, it, c and what is known before it to g and mu.
 Choose = Callable[[int, Activation, Array, Preactivation], tuple[Array, Array]]
 
 
@@ -291,7 +290,8 @@ def boxed(before: Preactivation) -> Preactivation:
     """
     center, radius = before.center, before.radius
     if before.lower is None or before.upper is None:
-        lower, upper = center - before.ball, center + before.ball
+        reach = before.ball if before.rows.dtype == bool else before.ball / jnp.maximum(before.rows, 1e-30)  # r / w
+        lower, upper = center - reach, center + reach
     else:
         matters = kept(before.rows)
         lower = jnp.where(matters, before.lower, jnp.minimum(before.lower, center))

@@ -86,6 +86,7 @@ class Branching:
         margins, steps = forward.copy(), np.zeros(len(label), int)
         points = np.full(bounds.input.center.shape, np.nan, np.float32)
         briefly = dataclasses.replace(self, seconds=math.inf, max_domains=COMPILING)
+        asked = asked if network.activations else np.zeros_like(asked)  # nothing can be cut
         for place, k in enumerate(np.flatnonzero(asked)):
             own = jax.tree.map(lambda leaf, k=k: leaf[k], bounds)
             others = np.where(np.arange(forward.shape[1]) == label[k], np.inf, forward[k])

@@ -65,7 +65,7 @@ def smoothed_radius(
 
     Raises:
         ValueError: noise that is not positive and finite, delta outside of (0, 1), or numbers of samples below 1.
-        TypeError: inputs that are no floating-point numbers.
+        TypeError: inputs that are not float32 or float64: noise of fewer bits has no tails.
 
     Reference:
         Cohen, Rosenfeld, Kolter, ICML 2019, Theorem 1 and Proposition 2 (CERTIFY).
@@ -78,8 +78,8 @@ def smoothed_radius(
         if count < 1:
             raise ValueError(f"{name}={count} cannot be used; give at least 1")
     x = jnp.asarray(x)
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise TypeError(f"x has type {x.dtype}; expected floating-point inputs")
+    if x.dtype not in (jnp.float32, jnp.float64):
+        raise TypeError(f"x has type {x.dtype}; expected floating-point inputs, float32 or wider: noise is drawn in it")
     counting = jax.jit(functools.partial(_counts, f), static_argnames="count")
     found = []
     for one, own in zip(x, jax.random.split(key, len(x)), strict=True):

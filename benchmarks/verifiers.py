@@ -111,7 +111,7 @@ def measure(folder: pathlib.Path, name: str, published: Published, limit: int, b
             batch_size=BATCH,
             domain=domain,
             dual_steps=DUAL_STEPS,
-            stages=NAMES if branch_seconds else NAMES[:-1],
+            stages=NAMES if branch_seconds else None,
             branch_seconds=branch_seconds,
         ).summary
         keys = ("clean_accuracy", "pgd_accuracy", "attack_accuracy", "certified_accuracy", "certified_accuracy_after")

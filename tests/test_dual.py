@@ -422,3 +422,27 @@ def test_an_ascent_goes_on_from_its_multipliers(kind):
         more, _ = ascended(network, bounds, label, found, rivals=RIVALS, num_steps=20)
         assert np.all(np.asarray(more) >= np.asarray(margins) - 1e-6)
         assert np.sum(more) > np.sum(margins)
+
+
+def test_pairs_and_weights_behind_one_layer():
+    """MaxMin takes whole rows and tanh weights of them: each has its own, and the dual is below every sample."""
+    for seed in range(4):
+        rng, graph = np.random.default_rng(seed), Graph((3,))
+
+        def affine(inputs, outputs, rng=rng):
+            kernel, bias = rng.standard_normal((inputs, outputs)), rng.standard_normal(outputs)
+            return dense(jnp.asarray(kernel, jnp.float32), jnp.asarray(bias, jnp.float32), (inputs,))
+
+        width = (2, 4)[seed % 2]
+        both = graph.add(affine(3, width), graph.input)
+        graph.add(Sum(), graph.add(lipjax.MaxMinActivation(), both), graph.add(lipjax.TanhActivation(), both))
+        network = graph.network(affine(width, 3))
+        x = jnp.asarray(rng.uniform(size=(2, 3)), jnp.float32)
+        label = jnp.argmax(network(x), axis=1)
+        found = lipjax.certify(network, x, label, 0.3, level="deterministic", stages=("local", "dual"))
+        with jax.enable_x64(True):
+            wide_network = network.astype(jnp.float64)
+            for i in range(2):
+                least = samples(wide_network, jnp.asarray(x[i], jnp.float64), 0.3, seed)
+                rivals = np.arange(3) != int(label[i])
+                assert float(found.worst_margin[i]) <= np.asarray(least)[rivals].min() + 1e-9

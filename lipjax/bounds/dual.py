@@ -38,7 +38,7 @@ from lipjax.networks.activations import Activation
 from lipjax.networks.graph import Network, Node, Sum
 from lipjax.networks.layers import Affine
 from lipjax.networks.linear_maps import length
-from lipjax.networks.masks import kept, weighted
+from lipjax.networks.masks import kept, reached, weighted
 from lipjax.networks.regions import Preactivation
 
 SEARCH_STEPS, SEARCH_OCTAVES = 10, 20  # of a weight: halvings of an interval of so many powers of two
@@ -290,7 +290,7 @@ def boxed(before: Preactivation) -> Preactivation:
     """
     center, radius = before.center, before.radius
     if before.lower is None or before.upper is None:
-        reach = before.ball if before.rows.dtype == bool else before.ball / jnp.maximum(before.rows, 1e-30)  # r / w
+        reach = reached(before.rows, before.ball)
         lower, upper = center - reach, center + reach
     else:
         matters = kept(before.rows)

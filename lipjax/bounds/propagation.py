@@ -272,7 +272,8 @@ def _activated(
             value = Preactivation(value.lower, value.upper, value.center, every, value.radius, value.finite)
         before = value.reshape(shape)
         # The ball is one of the rows, or weights, that all activations behind the layer asked for; of less it is true.
-        before = dataclasses.replace(before, rows=masks.both(before.rows, _rows(activation, before, arithmetic)))
+        rows = masks.both(before.rows, _rows(activation, before, arithmetic))
+        before = dataclasses.replace(before, rows=rows if activation.weighs else masks.whole(rows))
         return before, *_after(activation, before, arithmetic)
 
     return jax.vmap(one)(value)

@@ -19,7 +19,7 @@ import heapq
 import itertools
 import math
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,8 +29,7 @@ from jax import Array
 from lipjax.bounds import ascent, dual
 from lipjax.bounds.ascent import AscentState
 from lipjax.bounds.propagation import Bounds
-from lipjax.bounds.rule import Rule
-from lipjax.certification.pairs import Proven, Starts, narrow, proven_margin
+from lipjax.certification.pairs import Doubts, Proven, narrow, proven_margin
 from lipjax.networks.graph import Network
 from lipjax.networks.linear_maps import length
 from lipjax.networks.masks import kept
@@ -51,52 +50,27 @@ class Branching:
     Attributes:
         seconds: per example, at most; a round that has begun is finished.
         max_domains: per example, at most: a limit that does not depend on the machine.
-        rule: trained slopes of the dual, which are not used here, or None.
     """
 
     seconds: float = 10.0
     max_domains: float = math.inf
-    rule: Rule | None = None
 
-    def prove(
-        self,
-        network: Network,
-        bounds: Bounds,
-        label: np.ndarray,
-        forward: np.ndarray,
-        asked: np.ndarray,
-        starts: Starts | None = None,
-        index: np.ndarray | None = None,
-    ) -> Proven:
-        """Margins of a batch by branch and bound, for those rivals whose forward margin is not positive.
-
-        Args:
-            network: float64.
-            bounds: of the batch, with the rounding of float32 inference.
-            label: integers (B,).
-            forward: margins (B, classes) of the forward pass, net of rounding.
-            asked: which examples (B,).
-            starts: not used.
-            index: not used.
-
-        Returns:
-            Margins (B, classes), net of rounding, never worse than ``forward``; steps of ascent (B,); and
-            counterexamples (B, ...), not numbers where none was found.
-        """
-        margins, steps = forward.copy(), np.zeros(len(label), int)
-        points = np.full(bounds.input.center.shape, np.nan, np.float32)
+    def prove(self, doubts: Doubts) -> Proven:
+        """Margins by branch and bound, the strongest rivals first, and counterexamples."""
+        margins, steps, others = doubts.forward.copy(), np.zeros(len(doubts.label), int), doubts.others
+        points = np.full(doubts.bounds.input.center.shape, np.nan, np.float32)
         briefly = dataclasses.replace(self, seconds=math.inf, max_domains=COMPILING)
-        asked = asked if network.activations else np.zeros_like(asked)  # nothing can be cut
+        small, asked = narrow(doubts.network), doubts.asked if doubts.network.activations else ()  # nothing can be cut
         for place, k in enumerate(np.flatnonzero(asked)):
-            own = jax.tree.map(lambda leaf, k=k: leaf[k], bounds)
-            others = np.where(np.arange(forward.shape[1]) == label[k], np.inf, forward[k])
+            own = jax.tree.map(lambda leaf, k=k: leaf[k], doubts.bounds)
+            of = doubts.network, small, own, int(doubts.label[k])
             if place == 0:  # compiles everything before the clock runs
-                _Tree(network, own, int(label[k]), briefly).margin(int(np.argmin(others)))
-            tree = _Tree(network, own, int(label[k]), self)
-            for rival in np.argsort(others):
-                if others[rival] > 0:
+                _Tree(*of, briefly).margin(int(np.argmin(others[k])))
+            tree = _Tree(*of, self)
+            for rival in np.argsort(others[k]):
+                if others[k, rival] > 0:
                     break
-                margins[k, rival] = max(margins[k, rival], tree.margin(int(rival)))
+                margins[k, rival] = np.fmax(margins[k, rival], tree.margin(int(rival)))
                 if not margins[k, rival] > 0:
                     break  # one rival that cannot be refuted is enough
             steps[k] = tree.steps
@@ -115,9 +89,9 @@ def branching_of(seconds: float) -> Branching:
 class _Tree:
     """Branch and bound of one example, rival by rival."""
 
-    def __init__(self, network: Network, bounds: Bounds, label: int, options: Branching) -> None:
+    def __init__(self, network: Network, small: Network, bounds: Bounds, label: int, options: Branching) -> None:
         self.network, self.bounds, self.label, self.options = network, bounds, label, options
-        self.narrow = narrow((network, bounds))
+        self.narrow = small, narrow(bounds)
         self.size = max(1, min(AT_ONCE, ascent.pairs_at_once(network) // 2))
         self.started, self.steps, self.domains = time.monotonic(), 0, 0
         self.point: np.ndarray | None = None
@@ -185,9 +159,10 @@ class _Tree:
         return [tuple(each[k].item() for each in found) for k in range(len(chosen))]  # type: ignore[misc]
 
     def _look(self, points: Array) -> None:
-        """Keep a point that is predicted wrong, in float32, and lies in the region."""
+        """Keep a point of the region that is predicted wrong, in float32 and by the parameters as they are."""
         x, eps = np.asarray(self.bounds.input.center, np.float64), float(self.bounds.input.ball)
-        wrong = np.asarray(_predictions(self.narrow[0], points)) != self.label
+        given = (self.narrow[0], points), (self.network, points.astype(jnp.float64))
+        wrong = np.all([np.asarray(_predictions(*each)) != self.label for each in given], axis=0)
         for k in np.flatnonzero(wrong):
             point = np.asarray(points[k])
             inside = np.linalg.norm((np.asarray(point, np.float64) - x).ravel()) <= eps
@@ -246,24 +221,33 @@ def _ascend(
     def one(boxes: Any, state: AscentState) -> tuple[AscentState, dual.Multipliers, Array]:
         own = narrowed(bounds, jax.tree.map(lambda leaf: leaf.astype(jnp.float32), boxes))
         pair = network, own, jnp.asarray(label), jnp.asarray(rival)
-        state = _better(
-            pair, ascent.begin(state.slopes, state.log_weights, state.offsets), _cut_slopes(*pair[:2], bounds, state)
+        begun = ascent.begin(state.slopes, state.log_weights, state.offsets)
+        start = _farther(
+            *(_Reached(each, *ascent.finish(*pair, each)) for each in (begun, _cut_slopes(network, own, bounds, state)))
         )
-        ended = ascent.take_steps(*pair, state, num_steps, num_steps, share)
-        best = _better(pair, state, ended)
-        _, multipliers = ascent.finish(*pair, best)
-        c = dual.pull(*pair, dual.given(multipliers)).input.sum
+        ended = ascent.take_steps(*pair, start.state, num_steps, num_steps, share)
+        best = _farther(start, _Reached(ended, *ascent.finish(*pair, ended)))
+        c = dual.pull(*pair, dual.given(best.multipliers)).input.sum
         point = bounds.input.center - bounds.input.ball * (1 - 1e-6) * c / jnp.maximum(length(c), 1e-30)
         point = jnp.clip(point, 0, 1) if bounds.input.domain == "pixels" else point
-        return ended if share == 1 else best, multipliers, point  # with full rates a climb may first go down
+        # With full rates a climb may first go down.
+        return ended if share == 1 else best.state, best.multipliers, point
 
     return jax.vmap(one)(boxes, states)
 
 
-def _better(pair: Any, first: AscentState, second: AscentState) -> AscentState:
+class _Reached(NamedTuple):
+    """Where an ascent is, and what is proven there."""
+
+    state: AscentState
+    value: Array
+    multipliers: dual.Multipliers
+
+
+def _farther(first: _Reached, second: _Reached) -> _Reached:
     """Of two ascents of one pair that which has come farther."""
-    values = [ascent.finish(*pair, state)[0] for state in (first, second)]
-    return jax.tree.map(lambda one, other: jnp.where(values[1] > values[0], other, one), first, second)
+    better = second.value > first.value
+    return jax.tree.map(lambda one, other: jnp.where(better, other, one), first, second)
 
 
 def _cut_slopes(network: Network, own: Bounds, root: Bounds, state: AscentState) -> AscentState:

@@ -22,7 +22,7 @@ from lipjax.certification.certificates import Certificate, certificate
 from lipjax.certification.checks import check_batch, check_labels, check_start_key
 from lipjax.certification.ledger import Ledger
 from lipjax.certification.packing import Rows
-from lipjax.certification.pairs import Prover, Starts
+from lipjax.certification.pairs import Doubts, Prover, Starts
 from lipjax.networks.graph import Network, check_network
 from lipjax.networks.layers import Affine, Scale
 from lipjax.networks.regions import check_domain, check_eps, l2_ball
@@ -221,8 +221,8 @@ class Certifier:
             found, forward = _decide(self.network, bounds, jnp.asarray(label), self.claim.name)
             mine = (np.asarray(found.prediction) == np.asarray(label)) & np.asarray(bounds.features.finite)
             mine = mine if asked is None else mine & asked
-            forward = np.asarray(forward)
-            proven = options.prove(self.network, bounds, np.asarray(label), forward, mine, starts, index)
+            doubts = Doubts(self.network, bounds, np.asarray(label), np.asarray(forward), mine, starts, index)
+            proven = options.prove(doubts)
             margins, level = jnp.asarray(proven.margins), self.claim.name
             certificate = _improved(self.network, bounds, margins, jnp.asarray(label), level)
             whole = _certification(bounds, certificate, np.zeros_like(sigmas), proven.steps)

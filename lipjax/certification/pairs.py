@@ -44,19 +44,39 @@ class Proven(NamedTuple):
     points: np.ndarray | None = None
 
 
+@dataclasses.dataclass(frozen=True)
+class Doubts:
+    """What is asked of a prover: margins of a batch, for those rivals whose forward margin is not positive.
+
+    Attributes:
+        network: float64.
+        bounds: of the batch, with the rounding of float32 inference.
+        label: integers (B,).
+        forward: margins (B, classes) of the forward pass, net of rounding.
+        asked: which examples (B,).
+        starts: where ascents begin and are left, by index and rival; or None.
+        index: places of the examples in ``starts`` (B,); or None.
+    """
+
+    network: Network
+    bounds: Bounds
+    label: np.ndarray
+    forward: np.ndarray
+    asked: np.ndarray
+    starts: Starts | None = None
+    index: np.ndarray | None = None
+
+    @property
+    def others(self) -> np.ndarray:
+        """The forward margins, infinite for the labels themselves."""
+        own = np.arange(self.forward.shape[1])[None] == self.label[:, None]
+        return np.where(own, np.inf, self.forward)
+
+
 class Prover(Protocol):
     """How margins are proven that the forward pass does not give, by norms that are known."""
 
-    def prove(
-        self,
-        network: Network,
-        bounds: Bounds,
-        label: np.ndarray,
-        forward: np.ndarray,
-        asked: np.ndarray,
-        starts: Starts | None = None,
-        index: np.ndarray | None = None,
-    ) -> Proven: ...
+    def prove(self, doubts: Doubts) -> Proven: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,35 +91,16 @@ class Ascent:
     num_steps: int = 60
     rule: Rule | None = None
 
-    def prove(
-        self,
-        network: Network,
-        bounds: Bounds,
-        label: np.ndarray,
-        forward: np.ndarray,
-        asked: np.ndarray,
-        starts: Starts | None = None,
-        index: np.ndarray | None = None,
-    ) -> Proven:
-        """Margins of a batch by the dual, for those rivals whose forward margin is not positive.
+    def prove(self, doubts: Doubts) -> Proven:
+        """Margins by the dual.
 
         The strongest rival of each example comes first: where it cannot be refuted, the others need not be.
-
-        Args:
-            network: float64.
-            bounds: of the batch, with the rounding of float32 inference.
-            label: integers (B,).
-            forward: margins (B, classes) of the forward pass, net of rounding.
-            asked: which examples (B,).
-            starts: by index and rival; read, and written to. Default: none.
-            index: places of the examples in ``starts`` (B,).
         """
-        margins, steps = forward.copy(), np.zeros(len(label), int)
-        others = np.where(np.arange(forward.shape[1])[None] == label[:, None], np.inf, forward)
-        doubtful = ~(others > 0) & asked[:, None]
+        margins, steps, others = doubts.forward.copy(), np.zeros(len(doubts.label), int), doubts.others
+        doubtful = ~(others > 0) & doubts.asked[:, None]
         first = np.zeros_like(doubtful)
-        first[np.arange(len(label)), np.argmin(others, axis=1)] = True
-        cohort = _Cohort(network, bounds, label, self, starts, index)
+        first[np.arange(len(others)), np.argmin(others, axis=1)] = True
+        cohort = _Cohort(doubts, self)
         for now in (first, ~first):
             hopeless = np.asarray(np.any(doubtful & first & ~(margins > 0), axis=1))
             wave = doubtful & now & (~hopeless[:, None] | first)
@@ -115,17 +116,10 @@ class Ascent:
 class _Cohort:
     """The pairs of one batch: ascent in float32, proof in float64."""
 
-    def __init__(
-        self,
-        network: Network,
-        bounds: Bounds,
-        label: np.ndarray,
-        options: Ascent,
-        starts: Starts | None,
-        index: np.ndarray | None,
-    ) -> None:
+    def __init__(self, doubts: Doubts, options: Ascent) -> None:
+        network, bounds = doubts.network, doubts.bounds
         self.network, self.bounds, self.options = network, bounds, options
-        self.label, self.starts, self.index = jnp.asarray(label), starts, index
+        self.label, self.starts, self.index = jnp.asarray(doubts.label), doubts.starts, doubts.index
         self.narrow = narrow((network, bounds))
         count, classes = bounds.slack.logits.shape
         self.size = min(PAIRS, ascent.pairs_at_once(network), count * max(1, classes - 1))

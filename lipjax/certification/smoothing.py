@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from scipy import stats
+from scipy import special
 
 AT_ONCE = 1000  # noisy copies of inputs in one call of the function
 ABSTAINED = -1
@@ -87,7 +87,7 @@ def smoothed_radius(
         chosen = int(np.argmax(_all_counts(counting, one, noise, num_choosing, choosing)))
         hits = int(_all_counts(counting, one, noise, num_samples, certifying)[chosen])
         share = lower_confidence(hits, num_samples, delta)
-        radius = noise * float(stats.norm.ppf(share)) if share > 0.5 else 0.0
+        radius = noise * float(special.ndtri(share)) if share > 0.5 else 0.0
         found.append((chosen if radius > 0 else ABSTAINED, radius, share))
     prediction, radius, probability = zip(*found, strict=True) if found else ((), (), ())
     return Smoothed(np.array(prediction, np.int32), np.array(radius), np.array(probability))
@@ -95,7 +95,7 @@ def smoothed_radius(
 
 def lower_confidence(hits: int, num_samples: int, delta: float) -> float:
     """The largest p of which so many hits, or more, have a chance of at most delta (Clopper and Pearson, 1934)."""
-    return 0.0 if hits == 0 else float(stats.beta.ppf(delta, hits, num_samples - hits + 1)) * (1 - 1e-9)
+    return 0.0 if hits == 0 else float(special.betaincinv(hits, num_samples - hits + 1, delta)) * (1 - 1e-9)
 
 
 def _all_counts(counting: Callable[..., Array], x: Array, noise: float, num_samples: int, key: Array) -> np.ndarray:

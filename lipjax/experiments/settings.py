@@ -20,7 +20,6 @@ NORMS = ("local", "global", "none")
 MARGINS = ("pairwise_lipschitz", "box_and_ball", "lipschitz_margin", "dual", "crown", "none")
 LOSSES = (*worst_case.WORST_CASE, *unbounded.UNBOUNDED)
 STARTS = ("saved", "random")
-SECTIONS = ("crm", "cll", "stability", "gaussian", "crown")  # numbers of one loss, or of one kind of margins
 # What configs of earlier versions do not say, as it was then.
 SINCE = {
     "data": {"crop_padding": 0},
@@ -28,11 +27,7 @@ SINCE = {
     "power_iteration": {"start": "saved", "global_layers": ()},
     "dual": {"num_rivals": 1},
     "sparsity": {"weight": 0.0, "weight_theta": 1.0},
-    "crm": defaults.CRM,
-    "cll": defaults.CLL,
-    "crown": defaults.CROWN,
-    "stability": defaults.STABILITY,
-    "gaussian": defaults.GAUSSIAN,
+    **defaults.NUMBERS,
 }
 
 
@@ -157,7 +152,7 @@ def check_same(config: Config, before: Config, *, more_epochs: bool = False) -> 
     Where it reads may change, and with ``more_epochs`` their number may grow.
     """
     used = (config.method.loss, config.method.margins)
-    unused = (f"{section}." for section in SECTIONS if section not in used)
+    unused = (f"{section}." for section in defaults.NUMBERS if section not in used)
     free: tuple[str, ...] = ("data.dir", "data.cache", "certify.", "checkpoint.", *unused)
     if more_epochs and config.schedule.epochs > before.schedule.epochs:
         free = (*free, "schedule.epochs")

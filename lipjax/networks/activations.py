@@ -85,7 +85,7 @@ class Activation:
             c: coefficients of the outputs, shaped like them.
             g: coefficients of the pre-activations, shaped like them.
             weight: at least 0, scalar; or one per row where the activation has weights of rows; 0 is the linear case.
-            region: what is known before the activation, of one example; its box must contain its center.
+            region: what is known before the activation, of one example; its box need not contain its center.
 
         Returns:
             ``(value, minimiser)``: a scalar, and where it is attained, shaped like the pre-activation.

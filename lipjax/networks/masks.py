@@ -20,10 +20,23 @@ def kept(mask: Array) -> Array:
     return mask if mask.dtype == bool else ~(mask == 0)
 
 
+def whole(mask: Array) -> Array:
+    """The boolean mask of what counts in full; a weight that is not a number does."""
+    return mask if mask.dtype == bool else ~(mask < 1)
+
+
+def reached(mask: Array, radius: Array) -> Array:
+    """How far each row is from its center, at most, where the weighted rows are within a radius; 0 for weight 0."""
+    if mask.dtype == bool:
+        return radius
+    dropped = mask == 0
+    return jnp.where(dropped, 0, radius / jnp.where(dropped, 1, mask))
+
+
 def drops_nothing(mask: Array) -> Array:
     """For each example of a batch (B, ...): everything is kept, or has weight 1."""
-    whole = mask if mask.dtype == bool else mask == 1
-    return jnp.all(whole, axis=tuple(range(1, mask.ndim)))
+    ones = mask if mask.dtype == bool else mask == 1
+    return jnp.all(ones, axis=tuple(range(1, mask.ndim)))
 
 
 def either(first: Array, second: Array) -> Array:

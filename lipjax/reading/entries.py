@@ -75,6 +75,8 @@ def moves(entry: Entry) -> bool:
 
 def drops(entry: Entry) -> bool:
     """Whether an entry leaves out numbers of its value."""
+    if not moves(entry):
+        return False
     taken = entry.places[0]
     return np.unique(taken[taken >= 0]).size < 2 * math.prod(entry.value.shape)
 

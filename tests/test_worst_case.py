@@ -15,7 +15,7 @@ from lipjax.experiments import defaults
 from lipjax.training import worst_case
 
 CLASSES, BATCH = 5, 6
-NUMBERS = {"crm": {"weight": 2.5, "temperature": 4.0, "radius": 1.5}, "cll": defaults.CLL | {"weight": 0.3}}
+NUMBERS = {"crm": {"weight": 2.5, "temperature": 4.0, "radius": 1.5}, "cll": defaults.NUMBERS["cll"] | {"weight": 0.3}}
 
 
 def log_softmax(logits):

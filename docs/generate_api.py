@@ -14,7 +14,10 @@ GROUPS = {
     "Questions about a network": ("certify", "certified_radius", "local_lipschitz", "global_lipschitz", "Certificate"),
     "Networks": ("from_flax", "from_function", "register", "chain", "Graph", "Network", "Node", "Sum", "Concatenation"),
     "Whole runs": ("load_config", "train", "load_run", "certify_run", "evaluate", "Dataset"),
-    "Flax modules": ("ClippedReLU", "MaxMin", "ClippedMaxMin", "Residual"),
+    "Flax modules": (
+        *("ClippedReLU", "MaxMin", "ClippedMaxMin", "Residual", "CayleyLinear", "CayleyConv"),
+        *("AOLLinear", "AOLConv", "SLLLinear", "SLLConv"),
+    ),
     "Certifying many examples": ("Certifier", "load_certificates"),
     "Regions and bounds": (
         *("l2_ball", "Region", "Preactivation", "propagate", "Bounds", "EXACT", "FLOAT32"),
@@ -28,12 +31,16 @@ GROUPS = {
     ),
     "The dual": ("dual_margins", "ascend", "Multipliers", "Rule"),
     "Other bounds": ("crown_margins", "alpha_crown_margins", "sdp_crown_margins", "no_norms"),
-    "Layers": (*("Affine", "Bilinear", "Dense", "Conv", "Scale", "dense", "convolution"),),
+    "Layers": (
+        *("Affine", "Bilinear", "Dense", "Conv", "Scale", "Circular", "Known", "dense", "convolution"),
+        *("circular", "known"),
+    ),
     "Activations": (
         *("Activation", "Elementwise", "IdentityActivation", "ReLUActivation", "ClippedReLUActivation"),
         *("ClipActivation", "LeakyReLUActivation", "Smooth", "TanhActivation", "SigmoidActivation"),
         *("SoftplusActivation", "ELUActivation", "SiLUActivation", "GELUActivation", "TanhGELUActivation"),
         *("MaxMinActivation", "ClippedMaxMinActivation", "MaxPoolActivation"),
+        *("ConvexPotentialActivation", "convex_potential"),
     ),
     "Attacks": ("pgd", "attack"),
     "Randomized smoothing": ("smoothing.smoothed_radius", "smoothing.lower_confidence", "smoothing.Smoothed"),

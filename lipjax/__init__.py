@@ -29,12 +29,15 @@ from lipjax.networks.activations import (
     IdentityActivation,
     ReLUActivation,
 )
+from lipjax.networks.circular import Circular, circular
 from lipjax.networks.graph import Concatenation, Graph, Network, Node, Sum, chain
+from lipjax.networks.known import Known, known
 from lipjax.networks.layers import Affine, Bilinear, Conv, Dense, Scale, convolution, dense
 from lipjax.networks.leaky import LeakyReLUActivation
 from lipjax.networks.linear_maps import LinearMap
 from lipjax.networks.maxmin import ClippedMaxMinActivation, MaxMinActivation
 from lipjax.networks.pooling import MaxPoolActivation
+from lipjax.networks.potential import ConvexPotentialActivation, convex_potential
 from lipjax.networks.regions import Preactivation, Region, l2_ball
 from lipjax.networks.smooth import (
     ELUActivation,
@@ -53,6 +56,7 @@ from lipjax.norms.power_iteration import (
 )
 from lipjax.reading.flax import from_flax, from_function
 from lipjax.reading.modules import ClippedMaxMin, ClippedReLU, MaxMin, Residual
+from lipjax.reading.nonexpansive import AOLConv, AOLLinear, CayleyConv, CayleyLinear, SLLConv, SLLLinear
 from lipjax.reading.readers import register
 from lipjax.training.losses import cross_entropy, gloro, mixed, sparsity, trades
 
@@ -78,12 +82,17 @@ __version__ = _version("lipjax")
 __all__ = [
     "EXACT",
     "FLOAT32",
+    "AOLConv",
+    "AOLLinear",
     "Activation",
     "Affine",
     "Bilinear",
     "Bounds",
+    "CayleyConv",
+    "CayleyLinear",
     "Certificate",
     "Certifier",
+    "Circular",
     "ClipActivation",
     "ClippedMaxMin",
     "ClippedMaxMinActivation",
@@ -91,6 +100,7 @@ __all__ = [
     "ClippedReLUActivation",
     "Concatenation",
     "Conv",
+    "ConvexPotentialActivation",
     "Dataset",
     "Dense",
     "ELUActivation",
@@ -100,6 +110,7 @@ __all__ = [
     "Given",
     "Graph",
     "IdentityActivation",
+    "Known",
     "LeakyReLUActivation",
     "LinearMap",
     "MaxMin",
@@ -114,6 +125,8 @@ __all__ = [
     "Region",
     "Residual",
     "Rule",
+    "SLLConv",
+    "SLLLinear",
     "Scale",
     "SiLUActivation",
     "SigmoidActivation",
@@ -132,7 +145,9 @@ __all__ = [
     "certify",
     "certify_run",
     "chain",
+    "circular",
     "converged_norm",
+    "convex_potential",
     "convolution",
     "cross_entropy",
     "crown_margins",
@@ -144,6 +159,7 @@ __all__ = [
     "full_row_norms",
     "global_lipschitz",
     "gloro",
+    "known",
     "l2_ball",
     "lipschitz_margin",
     "load_certificates",

@@ -19,7 +19,13 @@ from lipjax.training import training_step
 
 FOLDER = pathlib.Path(__file__).parents[1] / "configs"
 CONFIGS = sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "common")
-SOME = [("cifar10_6c2f_maxmin", "local_bcp"), ("tiny_imagenet_8c2f", "at")]
+SOME = [
+    ("cifar10_6c2f_maxmin", "local_bcp"),
+    ("tiny_imagenet_8c2f", "at"),
+    ("cayley_6c2f", "gloro"),
+    ("sll_s", "gloro"),
+]
+AS_THEY_ARE = ("liresnet_s", "sll_s")  # small enough for 8x8 images
 PAIRS = [(name, method) for name in CONFIGS for method in defaults.METHODS]
 EXAMPLES, EPOCHS = 48, 5
 
@@ -27,7 +33,8 @@ EXAMPLES, EPOCHS = 48, 5
 def shrunk(name, method):
     """The config with a small network and a constant radius, so that the loss has one thing to do."""
     config = settings.parse([f"--config={FOLDER / name}.py:{method}"])
-    config.model.architecture = "mlp"
+    if name not in AS_THEY_ARE:
+        config.model.architecture = "mlp"
     config.model.upper_clip, config.model.lower_clip = config.model.upper_clip[:1], config.model.lower_clip[:1]
     config.power_iteration.global_layers = ()
     config.data.crop_padding = min(1, config.data.crop_padding)
@@ -118,9 +125,9 @@ def test_a_config_says_how_to_run_it_and_what_to_expect(name):
     for word in ("Command:", f"python train.py --config configs/{name}.py", "Hardware:", "Expected:"):
         assert word in text
     config = settings.parse([f"--config={FOLDER / name}.py"])
-    hidden = len(architectures.ARCHITECTURES[config.model.architecture])
+    activated = architectures.num_activations(config.model.architecture)
     assert len(config.model.upper_clip) == len(config.model.lower_clip)
-    assert len(config.model.upper_clip) in (1, hidden)
+    assert len(config.model.upper_clip) in (1, activated)
 
 
 # The paper's Table 3: method, network, activation, eps_train, learning rates, batch, epochs at the end of warm-up, ramp

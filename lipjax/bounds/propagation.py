@@ -190,8 +190,7 @@ def propagate(
     features, logits = _features(network.head, last, arithmetic)
     stacked = [jnp.asarray(sigma, features.center.dtype) for sigma in sigmas]
     table = jnp.stack(stacked, axis=-1) if sigmas else jnp.ones((*features.finite.shape, 0), features.center.dtype)
-    constant = jnp.asarray(arithmetic.constant(network, stacked), table.dtype)
-    lipschitz = jnp.broadcast_to(constant, features.finite.shape)
+    lipschitz = jnp.broadcast_to(jnp.asarray(arithmetic.constant(network, stacked), table.dtype), features.finite.shape)
     slack = Slack(tuple(of_layers), tuple(of_activations), tuple(of_sums), logits)
     masks = tuple(before), tuple(live), tuple(asked)
     return Bounds(region, features, *masks, table, lipschitz, slack, tuple(handed_back))
@@ -241,9 +240,9 @@ def _box_behind(layer: Affine, region: Region, row_norms: RowNorms) -> Preactiva
 
 def _rows(activation: Activation, before: Preactivation, arithmetic: Arithmetic) -> Array:
     """The rows that matter to an activation, or their weights; all of them where there is no box."""
-    if before.lower is None or before.upper is None:
+    if before.lower is None:
         return before.rows
-    rows = activation.row_weights(before.lower, before.upper)
+    rows = activation.row_weights(*before.box)
     return arithmetic.weights(rows) if activation.weighs else rows
 
 
@@ -254,8 +253,7 @@ def _balled(
     """The same with the ball of the rows that matter."""
 
     def one(before: Preactivation, entering: Region, sigma: Array) -> Preactivation:
-        radius = arithmetic.ball(layer, entering, before.rows, entering.ball * sigma)
-        return dataclasses.replace(before, radius=radius)
+        return dataclasses.replace(before, radius=arithmetic.ball(layer, entering, before.rows, entering.ball * sigma))
 
     return jax.vmap(one)(before, entering, sigma)
 
@@ -285,9 +283,11 @@ def _after(activation: Activation, before: Preactivation, arithmetic: Arithmetic
     radius = None if before.radius is None else before.radius * activation.lipschitz
     finite = before.finite & all_finite(center, radius)
     live = jnp.ones(center.shape, bool)
-    if before.lower is not None and before.upper is not None:
-        lower, upper = activation.box(before.lower, before.upper)
-        live = activation.live_outputs(before.lower, before.upper)
+    if before.lower is not None:
+        lower, upper = activation.box(*before.box)
+        if activation.mixes and radius is not None:
+            lower, upper = cut_by_ball(lower, upper, center, radius)
+        live = activation.live_outputs(*before.box)
     region = Region(lower, upper, center, radius, live, finite)
     return arithmetic.activated(activation, before, region if radius is None else arithmetic.moved(region))
 

@@ -55,6 +55,9 @@ def widen(before: Preactivation, layer: Affine, entering: Region) -> Preactivati
     lower, upper = before.box
     of_rows = 0 if entering.radius is None else entering.radius * layer.magnitude_row_norms(entering.live)
     own = gamma(layer.terms + 8, UNIT64) * (4 * magnitude(layer, entering) + of_rows) + SMALLEST64
+    transformed = layer.transform_error(UNIT64)
+    if transformed is not None:  # the center and the middle of the box
+        own = own + 2 * MORE * transformed * length(_largest(entering))
     slack = output_errors(layer, entering) + own
     return dataclasses.replace(before, lower=lower - slack, upper=upper + slack)
 
@@ -80,6 +83,8 @@ def output_errors(layer: Affine, entering: Region) -> Array:
     Reference:
         Higham, Accuracy and Stability of Numerical Algorithms, section 3.1.
     """
+    if layer.transform_error(UNIT32) is not None:
+        return _transformed(layer, entering, UNIT32) + MORE * UNIT32 * jnp.abs(layer.shift) + _flushed(layer, entering)
     # |W| |a| + |b| over the box, or over the ball, whichever is smaller.
     around = _around(layer, entering) + layer.magnitude_row_norms(entering.live) * entering.ball
     return _relative(layer) * jnp.minimum(magnitude(layer, entering), around) + _flushed(layer, entering)
@@ -96,7 +101,10 @@ def adjoint_errors(layer: Affine, entering: Region, unit: float = UNIT64) -> Arr
         entering: the region before it.
         unit: unit roundoff of the evaluation.
     """
-    return 2 * gamma(max(layer.terms, layer.adjoint_terms), unit) * magnitude(layer, entering)
+    terms = max(layer.terms, layer.adjoint_terms)
+    if layer.transform_error(unit) is not None:
+        return _transformed(layer, entering, unit) + 2 * gamma(terms, unit) * jnp.abs(layer.shift)
+    return 2 * gamma(terms, unit) * magnitude(layer, entering)
 
 
 def error_norm(layer: Affine, entering: Region, rows: Array) -> Array:
@@ -107,9 +115,26 @@ def error_norm(layer: Affine, entering: Region, rows: Array) -> Array:
         entering: the region before it.
         rows: which outputs matter, boolean, or their weights, at most 1 (out_shape).
     """
-    around = length(weighted(rows, _around(layer, entering))) + layer.absolute_norm() * entering.ball
     each, tiny = (length(weighted(rows, some(layer, entering))) for some in (output_errors, _flushed))
+    if layer.transform_error(UNIT32) is not None:
+        of_shift = MORE * UNIT32 * length(weighted(rows, jnp.broadcast_to(jnp.abs(layer.shift), layer.out_shape)))
+        return jnp.minimum(each, _transformed(layer, entering, UNIT32) + of_shift + tiny)
+    around = length(weighted(rows, _around(layer, entering))) + layer.absolute_norm() * entering.ball
     return jnp.minimum(each, _relative(layer) * around + tiny)
+
+
+def _transformed(layer: Affine, entering: Region, unit: float) -> Array:
+    """What a layer that is computed by transforms may be off in the l2 norm, so also in each entry, without its bias.
+
+    With the addition of the bias, which rounds relative to the sum.
+    """
+    relative = layer.transform_error(unit)
+    assert relative is not None
+    lower, upper = entering.box
+    largest = length(jnp.maximum(jnp.abs(lower), jnp.abs(upper)))
+    size = jnp.minimum(largest, length(entering.center) + entering.ball)
+    norm = layer.absolute_norm() * unit  # of what the bias is added to
+    return MORE * (relative + norm) * size
 
 
 def _around(layer: Affine, entering: Region) -> Array:

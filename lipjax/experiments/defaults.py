@@ -67,6 +67,7 @@ def base(method: str | None, default: str = "local_gloro") -> Any:
     config.data.dir = config_dict.placeholder(str)  # prepared data sets; default TFDS_DATA_DIR
     config.data.cache = config_dict.placeholder(str)  # decoded arrays; default LIPJAX_CACHE
     config.model = ConfigDict({"architecture": "", "activation": "clipped_relu", "theta": 1.0})
+    config.model.layers = "plain"  # what convolutions and dense layers are made of: "plain", "cayley" or "aol"
     # Initial clips of clipped_maxmin: one for all hidden layers, or one for each.
     config.model.upper_clip = (1.0,)
     config.model.lower_clip = (-1.0,)

@@ -38,6 +38,7 @@ def model_of(config: Config, input_shape: tuple[int, ...], num_classes: int) -> 
             config.model.activation,
             input_shape,
             num_classes,
+            layers=config.model.layers,
             theta=config.model.theta,
             upper_clip=tuple(config.model.upper_clip),
             lower_clip=tuple(config.model.lower_clip),

@@ -23,7 +23,7 @@ STARTS = ("saved", "random")
 # What configs of earlier versions do not say, as it was then.
 SINCE = {
     "data": {"crop_padding": 0},
-    "model": {"upper_clip": (1.0,), "lower_clip": (-1.0,)},
+    "model": {"upper_clip": (1.0,), "lower_clip": (-1.0,), "layers": "plain"},
     "power_iteration": {"start": "saved", "global_layers": ()},
     "dual": {"num_rivals": 1},
     "sparsity": {"weight": 0.0, "weight_theta": 1.0},
@@ -100,6 +100,7 @@ def check(config: Config) -> None:
         _one_of("data.name", config.data.name, data.NAMES)
     _known_or_found("model.architecture", config.model.architecture, sorted(architectures.ARCHITECTURES))
     _one_of("model.activation", config.model.activation, architectures.ACTIVATIONS)
+    _one_of("model.layers", config.model.layers, tuple(architectures.LAYERS))
     _check_method(config.method)
     _check_sparsity(config)
     _one_of("power_iteration.start", config.power_iteration.start, STARTS)
@@ -204,19 +205,20 @@ def _check_layers(config: Config) -> None:
     """Raises InputError for entries about layers that the architecture does not have."""
     if references.is_reference(config.model.architecture):
         return  # its layers are known when it is made
-    hidden = len(architectures.ARCHITECTURES[config.model.architecture])
+    name = config.model.architecture
+    activated, hidden = architectures.num_activations(name), architectures.num_hidden_layers(name)
     for key in ("upper_clip", "lower_clip"):
         clips = config.model[key]
-        if len(clips) not in (1, hidden) or not all(isinstance(clip, int | float) for clip in clips):
+        if len(clips) not in (1, activated) or not all(isinstance(clip, int | float) for clip in clips):
             raise InputError(
-                f"--config.model.{key}={tuple(clips)} does not fit; give one number, or one for each of the {hidden} "
-                f"hidden layers of {config.model.architecture}"
+                f"--config.model.{key}={tuple(clips)} does not fit; give one number, or one for each of the "
+                f"{activated} activations of {name}"
             )
     for place in config.power_iteration.global_layers:
         if not isinstance(place, int) or not 0 <= place <= hidden:
             raise InputError(
                 f"--config.power_iteration.global_layers names layer {place}; the weight layers of "
-                f"{config.model.architecture} are counted from 0 to {hidden}"
+                f"{name} are counted from 0 to {hidden}"
             )
 
 

@@ -28,9 +28,11 @@ class Activation:
 
     Attributes:
         weighs: whether :meth:`row_weights` gives weights, floating-point, and not a mask.
+        mixes: whether an output depends on so many inputs that its box is better cut to the ball.
     """
 
     weighs: ClassVar[bool] = False
+    mixes: ClassVar[bool] = False
 
     @property
     def lipschitz(self) -> Array | float:
@@ -39,6 +41,10 @@ class Activation:
 
     def __call__(self, z: Array) -> Array:
         raise NotImplementedError
+
+    def frozen(self) -> Activation:
+        """The activation as inference computes it; see :meth:`lipjax.networks.layers.Affine.frozen`."""
+        return self
 
     def box(self, lower: Array, upper: Array) -> tuple[Array, Array]:
         """A box that contains the outputs over a box: for a monotone activation, what it maps the corners to."""

@@ -73,6 +73,8 @@ def composed(first: Affine, second: Affine) -> Affine | None:
         first: that takes the input.
         second: that takes what the first gives, in C order.
     """
+    if first.alone or second.alone:
+        return None
     if isinstance(first, Gather) and isinstance(second, Gather):
         return composed_places(first, second)
     size = math.prod(first.in_shape) * math.prod(second.out_shape)

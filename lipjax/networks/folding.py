@@ -32,7 +32,11 @@ def rescaled(layer: Affine, before: Array | None = None, after: Array | None = N
         layer: with the matrix W.
         before: broadcasts to its input.
         after: broadcasts to its output.
+
+    Raises:
+        ValueError: a layer that is left alone.
     """
+    _check_folds(layer)
     ones = jnp.ones(layer.in_shape, layer.dtype), jnp.ones(layer.out_shape, layer.dtype)
     scales = (one if given is None else one * given for one, given in zip(ones, (before, after), strict=True))
     before, after = scales
@@ -47,7 +51,12 @@ def added(layer: Affine, other: Affine) -> Affine:
     Args:
         layer: one of them.
         other: with an output of the same size, in the same order.
+
+    Raises:
+        ValueError: a layer that is left alone.
     """
+    for each in (layer, other):
+        _check_folds(each)
     return Added(bias=layer.bias, in_shape=layer.in_shape, out_shape=layer.out_shape, first=layer, second=other)
 
 
@@ -260,6 +269,11 @@ def diagonal(scale: Array | None, like: Affine) -> Affine:
         return Conv(kernel=kernel, bias=bias, in_shape=like.in_shape, out_shape=like.out_shape)
     kernel = jnp.broadcast_to(scale, like.in_shape)
     return Scale(kernel=kernel, bias=jnp.zeros(like.in_shape, dtype), in_shape=like.in_shape, out_shape=like.in_shape)
+
+
+def _check_folds(layer: Affine) -> None:
+    if layer.alone:
+        raise ValueError(f"{type(layer).__name__} does not fold with other layers: it is left alone")
 
 
 def _per_channel(scale: Array) -> bool:

@@ -183,9 +183,11 @@ class Network:
         return 4 * sum(1 + len(node.inputs) for node in self.nodes)
 
     def frozen(self) -> Network:
-        """The network with its layers as inference computes them; see :meth:`lipjax.networks.layers.Affine.frozen`."""
+        """The network as inference computes it; see :meth:`lipjax.networks.layers.Affine.frozen`."""
         nodes = (
-            dataclasses.replace(node, operation=node.operation.frozen()) if isinstance(node.operation, Affine) else node
+            dataclasses.replace(node, operation=node.operation.frozen())
+            if isinstance(node.operation, Affine | Activation)
+            else node
             for node in self.nodes
         )
         return Network(tuple(nodes), self.head.frozen())

@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ from jax import Array
 
 from lipjax.floating_point import highest
 from lipjax.networks.convolutions import Padding, Pair, conv, conv_transpose, transpose_kernel
-from lipjax.networks.linear_maps import LinearMap
+from lipjax.networks.linear_maps import LinearMap, lengths
 from lipjax.networks.masks import weighted
 
 Shape = tuple[int, ...]
@@ -42,7 +42,10 @@ class Affine:
         bias: per entry of the last axis of the output, or per output.
         in_shape: shape of one input.
         out_shape: shape of one output.
+        alone: whether what is known of it is lost where it is folded with other layers; it is then left as it is.
     """
+
+    alone: ClassVar[bool] = False
 
     bias: Array
     in_shape: Shape = static()
@@ -118,7 +121,7 @@ class Affine:
             columns: those that count, boolean; or weights of all of them, at least 0. Shaped like the input.
         """
         weighted = self.matrix() * columns.astype(self.dtype).reshape(1, -1)
-        return _lengths(weighted, lambda squares: jnp.sum(squares, axis=1)).reshape(self.out_shape)
+        return lengths(weighted, lambda squares: jnp.sum(squares, axis=1)).reshape(self.out_shape)
 
     def magnitude_row_norms(self, columns: Array) -> Array:
         """l2 norms, or more, of the rows of the matrix of :meth:`absolute`, which may be larger than ``|W|``.
@@ -126,6 +129,16 @@ class Affine:
         What is rounded is relative to them: in a matrix that is computed as a product or a sum, much may cancel.
         """
         return self.row_norms(columns)
+
+    def transform_error(self, unit: float) -> Array | None:
+        """How far ``W a`` may be off in the l2 norm, relative to that of a, where it is computed by transforms, scalar.
+
+        So far off may ``W^T z`` be as well. None: by dot products, whose errors are bounded entry by entry.
+
+        Args:
+            unit: unit roundoff.
+        """
+        return None
 
     def partial(self, r: Array) -> Array:
         """For inputs of magnitudes up to ``r``: nothing on the way to an output, without its bias, is larger."""
@@ -189,7 +202,7 @@ class Bilinear(Affine):
 
     def row_norms(self, columns: Array) -> Array:
         squares_of = columns.astype(self.dtype) ** 2
-        return _lengths(self.kernel, lambda squares: self.form(squares, squares_of))
+        return lengths(self.kernel, lambda squares: self.form(squares, squares_of))
 
     def frozen(self) -> Affine:
         return self
@@ -335,12 +348,3 @@ def convolution(kernel: Array, bias: Array, in_shape: Shape, stride: Pair, paddi
         raise ValueError(f"a kernel of shape {kernel.shape} does not fit into a padded input of shape {in_shape}")
     out_shape = (*size, kernel.shape[3])
     return Conv(kernel=kernel, bias=bias, in_shape=in_shape, out_shape=out_shape, stride=stride, padding=padding)
-
-
-def _lengths(entries: Array, sums: Callable[[Array], Array]) -> Array:
-    """Roots of sums of squares of entries; squares of tiny and huge ones leave the range of float32."""
-    largest = jax.lax.stop_gradient(jnp.max(jnp.abs(entries)))
-    scale = jnp.where(largest == 0, 1, largest)
-    squares = sums((entries / scale) ** 2)
-    positive = squares > 0
-    return scale * jnp.where(positive, jnp.sqrt(jnp.where(positive, squares, 1)), squares)

@@ -85,3 +85,12 @@ def unit(vector: Array) -> Array:
     scaled = vector / jnp.where(largest == 0, 1, largest)
     square = jnp.sum(scaled**2)
     return scaled * lax.rsqrt(jnp.where(largest == 0, 1, square))
+
+
+def lengths(entries: Array, sums: Callable[[Array], Array]) -> Array:
+    """Roots of sums of squares of entries; squares of tiny and huge ones leave the range of float32."""
+    largest = lax.stop_gradient(jnp.max(jnp.abs(entries)))
+    scale = jnp.where(largest == 0, 1, largest)
+    squares = sums((entries / scale) ** 2)
+    positive = squares > 0
+    return scale * jnp.where(positive, jnp.sqrt(jnp.where(positive, squares, 1)), squares)

@@ -17,7 +17,7 @@ from lipjax.networks import layers
 from lipjax.networks.activations import ClippedReLUActivation
 from lipjax.networks.leaky import LeakyReLUActivation
 from lipjax.networks.maxmin import ClippedMaxMinActivation, MaxMinActivation
-from lipjax.reading import activations, interpreter, linear, markers, modules, tracing
+from lipjax.reading import activations, interpreter, linear, markers, modules, nonexpansive, tracing
 from lipjax.reading.values import Value
 
 SUPPORTED = (
@@ -231,6 +231,13 @@ def _residual(module: modules.Residual, value: Value, place: Place) -> Value:
     return value + branch
 
 
+def _nonexpansive(module: nonexpansive.Nonexpansive, value: Value, place: Place) -> Value:
+    try:
+        return module.read(value)
+    except ValueError as error:
+        raise ValueError(f"layer {place.name}: {error}") from error
+
+
 def _sequential(module: Any, value: Value, place: Place) -> Value:
     return place.read_all(module.layers, value)
 
@@ -246,6 +253,9 @@ for kinds, reader in (
     ((modules.MaxMin,), _maxmin),
     ((modules.ClippedMaxMin,), _clipped_maxmin),
     ((modules.Residual,), _residual),
+    ((nonexpansive.CayleyLinear, nonexpansive.CayleyConv), _nonexpansive),
+    ((nonexpansive.AOLLinear, nonexpansive.AOLConv), _nonexpansive),
+    ((nonexpansive.SLLLinear, nonexpansive.SLLConv), _nonexpansive),
 ):
     for kind in kinds:
         register(kind, reader)

@@ -72,6 +72,8 @@ class Value:
         (term, *others), whole = self.terms, layer
         if term.layer is not None:
             whole = composing.composed(term.layer, layer)
+        elif term.scale is not None and layer.alone:
+            whole = None
         elif term.scale is not None:
             whole = folding.rescaled(layer, before=_arranged(term.scale, self.shape, layer.in_shape))
         if others or whole is None:
@@ -84,6 +86,8 @@ class Value:
     def rescaled(self, scale: Array, shift: Array | None = None) -> Value:
         """``scale * a + shift`` entry by entry, for arrays that broadcast to this value."""
         scale = self._aligned(scale)
+        if self._alone:
+            return self.settled().rescaled(scale, shift)
         terms = []
         for term in self.terms:
             if term.layer is None:
@@ -130,6 +134,9 @@ class Value:
         """The sum with another value of the same graph and shape."""
         if other.shape != self.shape:
             raise ValueError(f"a sum of values of shapes {self.shape} and {other.shape}: expected the same")
+        if self._alone or other._alone:
+            first, second = (value.settled() if value._alone else value for value in (self, other))
+            return first + second
         if {term.node for term in self.terms} != {term.node for term in other.terms}:
             # An activation lies between, so that both cannot be one layer: what it took is a node that both take.
             first, second = (self.graph.settled.get(id(each), (each, each))[1] for each in (self, other))
@@ -185,6 +192,11 @@ class Value:
             last, (classes,) = self.settled().terms[0].node, self.shape
             return self.graph.network(dense(jnp.eye(classes), jnp.zeros(classes), self.shape), last)
         return self.graph.network(first.layer.biased(self._bias(first.layer, self.shift)), first.node)
+
+    @property
+    def _alone(self) -> bool:
+        """Whether a layer gives it that is left as it is."""
+        return any(term.layer is not None and term.layer.alone for term in self.terms)
 
     def _with(self, terms: tuple[Term, ...], shift: Array | None) -> Value:
         return Value(self.graph, self.shape, terms, shift)

@@ -1,0 +1,118 @@
+"""Convex potential layers: residual layers that are 1-Lipschitz as a whole, though their parts are not."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from lipjax.floating_point import SMALLEST32, UNIT32, gamma
+from lipjax.networks.activations import Activation, IdentityActivation, activation
+from lipjax.networks.layers import FFT_ROUNDING, Affine
+from lipjax.networks.regions import Region
+
+
+@jax.tree_util.register_dataclass
+@activation
+class ConvexPotentialActivation(Activation):
+    """``x - 2 A^T relu(A x + b)`` for an affine layer with ``||A|| <= 1``.
+
+    Between two points it is ``I - 2 A^T D A`` with a diagonal D of slopes from 0 to 1, a symmetric matrix with
+    eigenvalues from ``1 - 2 ||A||^2`` to 1: so its Lipschitz constant is at most ``max(1, 2 ||A||^2 - 1)``. It takes
+    whole regions, as an activation does. The dual knows its outputs by their own region alone.
+
+    Attributes:
+        layer: A and b; its input has the shape of x.
+        constant: an upper bound of the Lipschitz constant, scalar. By construction 1; of the numbers that inference
+            multiplies, :meth:`frozen` finds it.
+
+    Reference:
+        Meunier et al., A Dynamical System Perspective for Lipschitz Neural Networks, ICML 2022; Araujo et al., A
+        Unified Algebraic Perspective on Lipschitz Neural Networks, ICLR 2023 (SLL: A is T^(-1/2) W^T).
+    """
+
+    layer: Affine
+    constant: Array
+
+    mixes = True
+
+    @property
+    def lipschitz(self) -> Array:
+        return self.constant
+
+    def __call__(self, z: Array) -> Array:
+        return z - 2 * self.layer.adjoint()(jnp.maximum(self.layer(z), 0))
+
+    def frozen(self) -> ConvexPotentialActivation:
+        """With the layer as inference computes it, and the constant that follows from its norm, in float64 on the host.
+
+        Where all of A is not known to be small, ``max(1, 2 ||A||^2 - 1)`` is as large as its norm says.
+        """
+        layer = self.layer.frozen()
+        norm = layer.whole_norm()
+        if math.isinf(norm):
+            matrix = np.asarray(layer.matrix(), np.float64)
+            finite = np.isfinite(matrix).all()
+            norm = float(np.linalg.norm(matrix, 2)) * (1 + FFT_ROUNDING) if finite else math.inf
+        bound = max(1.0, 2 * norm**2 * (1 + FFT_ROUNDING) - 1)
+        constant = np.asarray(bound, layer.dtype)
+        if constant < bound:
+            constant = np.nextafter(constant, np.asarray(np.inf, constant.dtype))
+        return dataclasses.replace(self, layer=layer, constant=jnp.asarray(constant))
+
+    def box(self, lower: Array, upper: Array) -> tuple[Array, Array]:
+        middle, half = (lower + upper) / 2, (upper - lower) / 2
+        center, reach = self.layer(middle), self.layer.absolute(half)
+        low, high = (jnp.maximum(bound, 0) for bound in (center - reach, center + reach))
+        moved = 2 * self.layer.adjoint()((low + high) / 2)
+        spread = 2 * self.layer.absolute_adjoint((high - low) / 2)
+        return lower - moved - spread, upper - moved + spread
+
+    def errors(self, lower: Array, upper: Array) -> Array:
+        if self.layer.transform_error(UNIT32) is not None:
+            raise TypeError(
+                f"{type(self.layer).__name__} is computed by transforms; a convex potential has no bound of it"
+            )
+        largest = jnp.maximum(jnp.abs(lower), jnp.abs(upper))
+        hidden, added = self._magnitudes(largest)
+        within = gamma(self.layer.terms + 1, UNIT32) * hidden + SMALLEST32 * self.layer.flushed(largest)
+        tiny = SMALLEST32 * (self.layer.absolute_adjoint(jnp.ones_like(hidden)) + self.layer.adjoint_terms + 2)
+        of_products = gamma(self.layer.adjoint_terms + 4, UNIT32)
+        passed = self.layer.absolute_adjoint(within + of_products * (hidden + within))
+        return 2 * passed + 2 * UNIT32 * (largest + added + 2 * passed) + 4 * (1 + jnp.max(hidden)) * tiny
+
+    def largest(self, lower: Array, upper: Array) -> Array:
+        largest = jnp.maximum(jnp.abs(lower), jnp.abs(upper))
+        # Sums of more numbers than the outputs are count as so much larger.
+        more = max(1.0, (self.layer.terms + self.layer.adjoint_terms) / lower.size)
+        return more * (largest + self._magnitudes(largest)[1])
+
+    def _magnitudes(self, largest: Array) -> tuple[Array, Array]:
+        """Nothing that is summed up at the ReLU is larger, nor in what is subtracted."""
+        hidden = self.layer.absolute(largest) + jnp.abs(self.layer.shift)
+        return hidden, 2 * self.layer.absolute_adjoint(hidden)
+
+    def minimum(self, c: Array, g: Array, weight: Array, region: Region) -> tuple[Array, Array]:
+        """A lower bound: that of the outputs over their own region, and that of ``-<g, z>`` over the box.
+
+        The minimiser is as far from the center as the outputs say, where g is zero.
+        """
+        lower, upper = region.box
+        low, high = self.box(lower, upper)
+        outputs = dataclasses.replace(region, lower=low, upper=high, center=self(region.center))
+        of_outputs, s = IdentityActivation().minimum(c, jnp.zeros_like(c), weight / self.constant**2, outputs)
+        z = jnp.where(g > 0, upper, jnp.where(g < 0, lower, region.center))
+        as_far = region.center + (s - outputs.center) / self.constant
+        return of_outputs - jnp.sum(g * z), jnp.where(g == 0, as_far, z)
+
+    def feeding(self, c: Array) -> Array:
+        return jnp.zeros((1, *self.layer.in_shape), c.dtype)
+
+
+def convex_potential(layer: Affine) -> ConvexPotentialActivation:
+    """The layer ``x - 2 A^T relu(A x + b)`` of an affine one whose norm is at most 1 by construction."""
+    return ConvexPotentialActivation(layer, jnp.ones((), layer.dtype))

@@ -281,7 +281,8 @@ def _line(row: Row, chosen: Table, options: Options, seeds: int, problems: dict[
         every = [_measured(row.cell, seed, options, chosen.asked) for seed in range(seeds)]
         found = [one for one in every if one is not None]
         named = [problem for seed in range(seeds) if (problem := problems.get(_folder(row.cell, seed, options).name))]
-        remark = named[0] if named else "" if len(found) == seeds else "not run" if not found else "seeds are missing"
+        missing = "seeds are missing" if found else _not_run(row, row.cell, options)
+        remark = named[0] if named else "" if len(found) == seeds else missing
     line = [row.setting, row.method]
     for place, quantity in enumerate(chosen.quantities):
         values = [one.value(quantity) for one in found]
@@ -295,6 +296,15 @@ def _line(row: Row, chosen: Table, options: Options, seeds: int, problems: dict[
     one = found[0]
     images = f"{one.summary['counts']['examples']} of {one.summary['dataset']}"
     return [*line, str(len(one.rows)), str(len(found)), images, one.summary["device"], remark]
+
+
+def _not_run(row: Row, cell: Cell, options: Options) -> str:
+    """What the whole run would take, by the paper's seconds where there are some."""
+    epochs = _config(cell, 0, dataclasses.replace(options, scale=1.0)).schedule.epochs
+    if row.seconds is None:
+        return f"not run; at full scale {epochs} epochs"
+    devices = "4 V100s" if "tiny" in cell.config else "1 V100"
+    return f"not run; at full scale {epochs} epochs, {row.seconds * epochs / 3600:.2g} hours of the paper's {devices}"
 
 
 def _number(value: float | None, deviation: float | None) -> str:

@@ -39,7 +39,7 @@ MNIST = f"--config={ROOT / 'configs' / 'mnist_4c3f.py'}"
         ([DIGITS + ":standard", "--config.method.norms=local"], ["loss=clean", "without bounds"]),
         ([DIGITS, "--config.power_iteration.global_layers=(7,)"], ["names layer 7", "from 0 to 3"]),
         ([DIGITS, "--config.power_iteration.start=zero"], ["start='zero'", "saved, random"]),
-        ([DIGITS, "--config.model.upper_clip=(1.0,2.0)"], ["upper_clip=(1.0, 2.0)", "3 hidden layers"]),
+        ([DIGITS, "--config.model.upper_clip=(1.0,2.0)"], ["upper_clip=(1.0, 2.0)", "3 activations of small_cnn"]),
         ([DIGITS, "--config.sparsity.weight=-1.0"], ["sparsity.weight=-1.0", "at least 0"]),
         ([DIGITS, "--config.data.crop_padding=-1"], ["crop_padding=-1", "at least 0"]),
         ([DIGITS, "more"], ["unexpected argument 'more'"]),

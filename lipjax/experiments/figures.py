@@ -99,7 +99,7 @@ def write_report(folder: pathlib.Path, found: Evaluation, dataset: Dataset, summ
         f"Cost per image: {cost['products']:.0f} products, {cost['dual_steps']:.0f} steps of the dual, "
         f"{cost['seconds']:.2f} s.",
         "",
-        f"Images by the stage that decided: {by_stage(counts['decided'])}.",
+        f"Images by the stage that decided: {by_stage(summary)}.",
     ]
     for title, name in images:
         lines += ["", f"## {title}", "", f"![{title}]({name})"]

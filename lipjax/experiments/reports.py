@@ -91,7 +91,7 @@ def print_table(summary: Row) -> None:
     print(f"Lipschitz constant of the feature map: {local}global {summary['global_lipschitz']:.4g}")
     if "median_radius" in summary:
         print(f"certified radius: median {summary['median_radius']:.4g}, 0 for what is wrong")
-    print(f"images by the stage that decided: {by_stage(counts['decided'])}")
+    print(f"images by the stage that decided: {by_stage(summary)}")
     cost = summary["cost_per_image"]
     print(
         f"cost per image: {cost['products']:.0f} products, {cost['dual_steps']:.0f} dual steps, {cost['seconds']:.2f} s"
@@ -105,7 +105,8 @@ def print_table(summary: Row) -> None:
             print(f"WARNING: {attacked} examples {what}: level {summary['level']} {verdict}")
 
 
-def by_stage(decided: dict[str, int]) -> str:
-    """How many images each stage has decided, in words."""
-    words = {"prediction": "wrong prediction"}
-    return ", ".join(f"{words.get(stage, stage)} {number}" for stage, number in decided.items())
+def by_stage(summary: Row) -> str:
+    """How many images each stage that was asked for has decided, in words."""
+    words, asked = {"prediction": "wrong prediction"}, ("prediction", *summary["stages"], "undecided")
+    decided = summary["counts"]["decided"].items()
+    return ", ".join(f"{words.get(stage, stage)} {number}" for stage, number in decided if number or stage in asked)

@@ -28,6 +28,10 @@ GROUPS = {
     ),
     "The dual": ("dual_margins", "ascend", "Multipliers", "Rule"),
     "Other bounds": ("crown_margins", "alpha_crown_margins", "sdp_crown_margins", "no_norms"),
+    "Other constants of margins": (
+        *("constants.product", "constants.lip_lt", "constants.merged", "constants.fast_lip"),
+        *("constants.hein_andriushchenko", "constants.exact", "constants.svd_norms"),
+    ),
     "Layers": (*("Affine", "Bilinear", "Dense", "Conv", "Scale", "dense", "convolution"),),
     "Activations": (
         *("Activation", "Elementwise", "IdentityActivation", "ReLUActivation", "ClippedReLUActivation"),

@@ -8,6 +8,7 @@ from importlib import import_module as _import_module
 from importlib.metadata import version as _version
 from typing import Any as _Any
 
+from lipjax.bounds import constants
 from lipjax.bounds.arithmetic import EXACT, FLOAT32
 from lipjax.bounds.ascent import ascend
 from lipjax.bounds.crown import alpha_crown_margins, crown_margins, no_norms, sdp_crown_margins
@@ -132,6 +133,7 @@ __all__ = [
     "certify",
     "certify_run",
     "chain",
+    "constants",
     "converged_norm",
     "convolution",
     "cross_entropy",

@@ -35,6 +35,10 @@ GROUPS = {
         *("Affine", "Bilinear", "Dense", "Conv", "Scale", "Circular", "Known", "dense", "convolution"),
         *("circular", "known"),
     ),
+    "Other constants of margins": (
+        *("constants.product", "constants.lip_lt", "constants.merged", "constants.fast_lip"),
+        *("constants.hein_andriushchenko", "constants.exact", "constants.svd_norms"),
+    ),
     "Activations": (
         *("Activation", "Elementwise", "IdentityActivation", "ReLUActivation", "ClippedReLUActivation"),
         *("ClipActivation", "LeakyReLUActivation", "Smooth", "TanhActivation", "SigmoidActivation"),

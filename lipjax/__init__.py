@@ -8,6 +8,7 @@ from importlib import import_module as _import_module
 from importlib.metadata import version as _version
 from typing import Any as _Any
 
+from lipjax.bounds import constants
 from lipjax.bounds.arithmetic import EXACT, FLOAT32
 from lipjax.bounds.ascent import ascend
 from lipjax.bounds.crown import alpha_crown_margins, crown_margins, no_norms, sdp_crown_margins
@@ -146,6 +147,7 @@ __all__ = [
     "certify_run",
     "chain",
     "circular",
+    "constants",
     "converged_norm",
     "convex_potential",
     "convolution",

@@ -34,7 +34,7 @@ MNIST = f"--config={ROOT / 'configs' / 'mnist_4c3f.py'}"
         ([DIGITS, "--config.model.architecture=resnet"], ["resnet", "4c3f"]),
         ([DIGITS, "--config.method.loss=hinge"], ["hinge", "gloro"]),
         ([DIGITS, "--config.power_iteration.num_iters=0"], ["num_iters=0", "at least 1"]),
-        ([DIGITS, "--config.method.margins=none"], ["loss=gloro", "needs margins"]),
+        ([DIGITS + ":local_gloro", "--config.method.margins=none"], ["loss=gloro", "needs margins"]),
         ([DIGITS + ":ibp", "--config.method.margins=pairwise_lipschitz"], ["norms=none", "the box alone"]),
         ([DIGITS + ":standard", "--config.method.norms=local"], ["loss=clean", "without bounds"]),
         ([DIGITS, "--config.power_iteration.global_layers=(7,)"], ["names layer 7", "from 0 to 3"]),
@@ -57,7 +57,7 @@ def test_bad_configs_are_one_line_that_names_the_value(arguments, parts):
 
 
 def test_a_config_of_version_0_2_is_read_as_what_it_was(tmp_path):
-    config = settings.parse([DIGITS])
+    config = settings.parse([DIGITS + ":local_gloro"])
     values = config.to_dict()
     for name, later in settings.SINCE.items():
         for key in later:

@@ -192,7 +192,7 @@ def small_digits(split):
 
 
 ARGUMENTS = [
-    f"--config={ROOT / 'configs' / 'digits.py'}",
+    f"--config={ROOT / 'configs' / 'digits.py'}:local_gloro",
     f"--config.model.architecture={HERE}:own_network",
     f"--config.method.loss={HERE}:hinge",
     f"--config.data.name={HERE}:small_digits",

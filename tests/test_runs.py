@@ -47,7 +47,7 @@ def script(name, *arguments, **options):
 def finished(tmp_path_factory):
     """A run that was never interrupted, made by the script."""
     workdir = tmp_path_factory.mktemp("run") / "straight"
-    process = script("train.py", "--config", "configs/digits.py", *SHRUNK, "--workdir", str(workdir))
+    process = script("train.py", "--config", "configs/digits.py:local_gloro", *SHRUNK, "--workdir", str(workdir))
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
     return workdir, output
@@ -85,7 +85,7 @@ def params_sha256(workdir):
 def test_a_killed_run_resumes_to_the_same_metrics_bit_for_bit(finished, tmp_path, monkeypatch, capsys):
     straight, _ = finished
     workdir = tmp_path / "killed"
-    arguments = ("--config", "configs/digits.py", *SHRUNK, "--workdir", str(workdir))
+    arguments = ("--config", "configs/digits.py:local_gloro", *SHRUNK, "--workdir", str(workdir))
     process = script("train.py", *arguments, start_new_session=True)
     deadline = time.monotonic() + 240
     while not list(workdir.glob("checkpoints/last/1")):
@@ -294,7 +294,7 @@ def test_runs_of_0_3_and_0_4_load_and_go_on(tmp_path):
     (later / "config.json").write_text(json.dumps({**config, "dual": {"num_rivals": 1}}))
     for found, given in zip(jax.tree.leaves(lipjax.load_run(later).network), jax.tree.leaves(old.network), strict=True):
         np.testing.assert_array_equal(found, given)
-    longer = lipjax.load_config(str(ROOT / "configs" / "digits.py"), schedule__epochs=101)
+    longer = lipjax.load_config(str(ROOT / "configs" / "digits.py") + ":local_gloro", schedule__epochs=101)
     assert lipjax.train(longer, later, resume=True).checkpoint["epoch"] == 101
 
 

@@ -227,3 +227,15 @@ def test_sdp_crown_of_a_row_with_a_weight_reaches_as_far_as_the_row():
     bounds = lipjax.propagate(network, lipjax.l2_ball(jnp.zeros((1, 1)), 1.0), ask)
     found = lipjax.sdp_crown_margins(network, bounds, jnp.array([0]))
     assert float(found[0, 1]) <= 10 * np.tanh(0.5) + 1e-4
+
+
+def test_a_weight_proves_nothing_where_there_is_no_ball():
+    network, x, label = network_and_batch()
+    bounds, rivals = interval_bounds(network, x, EPS), (label[:, None] + 1) % 7
+    assert all(before.radius is None for before in bounds.before[1:])
+    g = tuple(jnp.zeros((len(x), 1, *before.center.shape[1:])) for before in bounds.before)
+    with_weights, without = (
+        lipjax.dual_margins(network, bounds, label, lipjax.Multipliers(g, (nothing, *[weight] * (len(g) - 1))), rivals)
+        for nothing, weight in ((jnp.zeros((len(x), 1)), jnp.full((len(x), 1), each)) for each in (1e3, 0.0))
+    )
+    np.testing.assert_array_equal(with_weights, without)

@@ -1,6 +1,7 @@
 """Layers whose norms are known by construction: against dense matrices, Jacobians, samples and attacks."""
 
 import itertools
+from fractions import Fraction
 
 import jax
 import jax.numpy as jnp
@@ -244,6 +245,38 @@ def test_a_convex_potential_is_as_steep_as_its_layer_says():
     exact = 3 / 3.76 - 0.5
     for eps, holds in ((exact * 0.99, True), (exact * 1.01, False)):
         assert bool(lipjax.certify(network, x, jnp.asarray([0]), eps, level="deterministic").certified[0]) == holds
+
+
+@settings(max_examples=30, deadline=None)
+@given(a=st.floats(1.0, 3.0, width=32))
+def test_the_constant_of_a_convex_potential_is_rounded_up(a):
+    block = lipjax.convex_potential(lipjax.dense(jnp.full((1, 1), a, jnp.float32), jnp.zeros(1), (1,)))
+    exact = 2 * Fraction(a) ** 2 - 1
+    assert exact <= Fraction(float(block.frozen().lipschitz)) <= exact * (1 + Fraction(1, 10**6))
+
+
+def test_a_convex_potential_that_may_overflow_inside_certifies_nothing():
+    """Its outputs are about 1e38, but the products of 60 entries add up to 4e38 before the bias is added."""
+    size, big = 60, 7e37
+    first = lipjax.dense(big * jnp.eye(size + 1), jnp.zeros(size + 1), (size + 1,))
+    kernel = jnp.zeros((size + 1, 1)).at[:size].set(0.1)
+    block = lipjax.convex_potential(lipjax.dense(kernel, jnp.asarray([-3.3e38]), (size + 1,)))
+    head = lipjax.dense(jnp.zeros((size + 1, 2)).at[size, 1].set(1), jnp.zeros(2), (size + 1,))
+    network, x = lipjax.chain(first, block, head), jnp.full((1, size + 1), 0.9)
+    assert not np.isfinite(network(x)).all()
+    found = lipjax.certify(network, x, jnp.asarray([1]), 1e-3, level="deterministic", stages=("local",))
+    assert not bool(found.certified[0])
+
+
+def test_gradients_are_finite_where_nothing_varies_and_where_there_is_no_kernel():
+    def spread(kernel, width):
+        layer = lipjax.circular(kernel, jnp.zeros(2), (3, 2, 1))
+        r = jnp.full((3, 2, 1), width)
+        return jnp.sum(layer.absolute(r)) + jnp.sum(layer.row_norms(r > 0))
+
+    for kernel in (jnp.ones((2, 2, 1, 2)), jnp.zeros((2, 2, 1, 2))):
+        for width in (0.0, 1.0):
+            assert np.isfinite(jax.grad(spread)(kernel, width)).all()
 
 
 def test_a_norm_that_is_not_what_is_said_is_noticed():

@@ -81,7 +81,7 @@ class Float32Inference(Arithmetic):
         if errors is None:
             return after, None
         errors = jnp.broadcast_to(rounding.MORE * errors, after.center.shape)
-        widened = rounding.widen_by(after, errors)
+        widened = rounding.without_overflow(rounding.widen_by(after, errors), activation.partial(*before.box))
         return rounding.without_overflow(widened, jnp.abs(jnp.stack(widened.box))), errors
 
     def sum(self, joined: Region, first: Region, second: Region) -> tuple[Region, Array]:

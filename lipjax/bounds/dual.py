@@ -196,10 +196,9 @@ def value(network: Network, bounds: Bounds, trace: Trace) -> Array:
     for activation, before, c, g, weight in zip(
         network.activations, bounds.before, trace.c, trace.g, trace.weight, strict=True
     ):
-        least, _ = activation.minimum(c.sum, g, per_row(weight, before), boxed(before))
-        total = total + least
-        if before.radius is not None:
-            total = total - weight / 2 * before.radius**2
+        mu = jnp.zeros_like(weight) if before.radius is None else weight  # without a ball there is nothing to weigh
+        least, _ = activation.minimum(c.sum, g, per_row(mu, before), boxed(before))
+        total += least if before.radius is None else least - mu / 2 * before.radius**2
     for layer, coefficients in zip(network.layers, trace.layers, strict=True):
         total = total + jnp.sum(coefficients.sum * layer.shift)
     region = bounds.input

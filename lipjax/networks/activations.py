@@ -74,6 +74,13 @@ class Activation:
         """For each output: nothing that :meth:`minimum` adds up to it on a box has a larger magnitude."""
         return jnp.maximum(*map(jnp.abs, self.box(lower, upper)))
 
+    def partial(self, lower: Array, upper: Array) -> Array:
+        """Nothing that inference computes on the way to an output is larger over a box, in any shape.
+
+        As in :meth:`lipjax.networks.layers.Affine.partial`: where float32 could overflow, nothing is proven.
+        """
+        return self.largest(lower, upper)
+
     def live_outputs(self, lower: Array, upper: Array) -> Array:
         """The outputs that vary over the box, all unless an activation knows better, shaped like the output.
 

@@ -59,9 +59,9 @@ class ConvexPotentialActivation(Activation):
             finite = np.isfinite(matrix).all()
             norm = float(np.linalg.norm(matrix, 2)) * (1 + FFT_ROUNDING) if finite else math.inf
         bound = max(1.0, 2 * norm**2 * (1 + FFT_ROUNDING) - 1)
-        constant = np.asarray(bound, layer.dtype)
-        if constant < bound:
-            constant = np.nextafter(constant, np.asarray(np.inf, constant.dtype))
+        constant = np.float32(bound)
+        if float(constant) < bound:  # as float32 they would be equal
+            constant = np.nextafter(constant, np.float32(np.inf))
         return dataclasses.replace(self, layer=layer, constant=jnp.asarray(constant))
 
     def box(self, lower: Array, upper: Array) -> tuple[Array, Array]:
@@ -90,6 +90,12 @@ class ConvexPotentialActivation(Activation):
         # Sums of more numbers than the outputs are count as so much larger.
         more = max(1.0, (self.layer.terms + self.layer.adjoint_terms) / lower.size)
         return more * (largest + self._magnitudes(largest)[1])
+
+    def partial(self, lower: Array, upper: Array) -> Array:
+        largest = jnp.maximum(jnp.abs(lower), jnp.abs(upper))
+        _, added = self._magnitudes(largest)
+        hidden = self.layer.partial(largest) + jnp.abs(self.layer.shift)
+        return jnp.concatenate([hidden.ravel(), (largest + added).ravel()])
 
     def _magnitudes(self, largest: Array) -> tuple[Array, Array]:
         """Nothing that is summed up at the ReLU is larger, nor in what is subtracted."""

@@ -178,6 +178,7 @@ MODELS = {
     **{"ported": (Ported, IMAGE), "stretches": (Stretches, IMAGE), "normalised": (Normalised, IMAGE)},
     "own MaxMin": (OwnMaxMin, (6,)),
 }
+SHORT = "tabular", "stretches", "normalised", "own MaxMin"
 
 
 @functools.cache
@@ -201,7 +202,7 @@ def test_networks_compute_what_models_do(name):
     np.testing.assert_allclose(logits_of(network, x), model(x), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", oracles.slow_but(MODELS, *SHORT))
 def test_samples_and_jacobians_obey_bounds_and_attacks_break_nothing(name):
     _, network, x = read(name)
     label = jnp.argmax(network(x), axis=1)
@@ -540,8 +541,8 @@ STEPS = {
 }
 
 
-@settings(max_examples=40)
-@given(names=st.lists(st.sampled_from(sorted(STEPS)), min_size=1, max_size=5), seed=st.integers(0, 1000))
+@settings(max_examples=20)  # each compiles its own operations
+@given(names=st.lists(st.sampled_from(sorted(STEPS)), min_size=2, max_size=5), seed=st.integers(0, 1000))
 def test_random_functions_are_read_as_what_they_compute_and_bounded(names, seed):
     rng = np.random.default_rng(seed)
     kernels, head = rng.normal(size=(len(names), 4, 4)).astype(np.float32), rng.normal(size=(8, 2))

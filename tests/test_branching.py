@@ -31,19 +31,15 @@ def tiny(seed, activation="relu"):
 
 
 def exact_margins(network, x, label, eps):
-    """The least margins (3,) over the disc, by all its vertices: of lines where a neuron has a kink, and of its circle.
-
-    In two dimensions every linear region is cut by lines and the circle. Its least value lies where two of them meet,
-    or on an arc where the gradient points outward; the arc is searched by angles, which are refined.
-    """
+    """The least margins (3,) over a grid of the disc: above the exact ones by a hundredth of the radius, in distance."""
     exact = oracles.DenseNetwork(network)
 
     def margins(points):
         logits = exact.logits(points)
         return logits[:, [label]] - logits
 
-    angles = np.linspace(0, 2 * np.pi, 2001)
-    radii = np.linspace(0, 1, 101)
+    angles = np.linspace(0, 2 * np.pi, 1001)
+    radii = np.linspace(0, 1, 51)
     grid = x + eps * np.stack(
         [np.outer(radii, np.cos(angles)).ravel(), np.outer(radii, np.sin(angles)).ravel()], axis=1
     )

@@ -6,6 +6,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from lipjax import (
     ClippedMaxMinActivation,
@@ -219,6 +220,11 @@ def ball_points(rng, x, eps, count, directions=None):
     lengths = np.ones((len(offsets), 1))
     lengths[: count // 2] = rng.uniform(0, 1, (count // 2, 1))
     return x + eps * lengths * offsets
+
+
+def slow_but(cases, *names):
+    """Cases of parametrize, slow but for those with these names, which stand for all in the default tests."""
+    return [case if case in names else pytest.param(case, marks=pytest.mark.slow) for case in cases]
 
 
 KINDS = ("dense relu", "dense clipped", "conv relu", "conv clipped", "dense pairs", "conv pairs")

@@ -10,7 +10,7 @@ import oracles
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_dual import case, norms_of, samples
+from test_dual import ascended, case, norms_of, samples
 
 import lipjax
 from configs import digits
@@ -114,13 +114,14 @@ def test_slopes_and_balls_only_help(kind):
     """alpha-CROWN is at least CROWN, and so is the dual, with balls, on the same boxes."""
     network, x, label = network_and_batch(kind)
     sigmas = jnp.asarray(norms_of(network), jnp.float32)
+    propagate = jax.jit(lambda x, eps: lipjax.propagate(network, lipjax.l2_ball(x, eps), lipjax.Given(sigmas)))
     for eps in (0.05, 0.2, 0.6):
-        bounds = jax.jit(lambda x, eps: lipjax.propagate(network, lipjax.l2_ball(x, eps), lipjax.Given(sigmas)))(x, eps)
+        bounds = propagate(x, eps)
         plain, alpha = (np.asarray(BOUNDS[name](network, bounds, label)) for name in ("CROWN", "alpha-CROWN"))
         assert (alpha >= plain - 1e-5).all()
         assert (alpha > plain + 1e-3).any()
         rivals = jnp.arange(3)[None].repeat(4, axis=0)
-        climbed, _ = lipjax.ascend(network, bounds, label, rivals=rivals, num_steps=150)
+        climbed, _ = ascended(network, bounds, label, rivals=rivals, num_steps=150)
         assert (np.asarray(climbed) >= plain - 1e-4).all()
 
 

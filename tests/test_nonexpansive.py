@@ -320,10 +320,7 @@ def network_of(name):
     return lipjax.from_flax(nnx.Sequential(*parts[name]), (4, 4, 1))
 
 
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("aol", "linear residual")]
-
-
-@pytest.mark.parametrize("name", ["cayley", "sll", *SLOW])
+@pytest.mark.parametrize("name", oracles.slow_but(["cayley", "sll", "aol", "linear residual"], "sll"))
 def test_samples_and_attacks_obey_what_is_certified(name):
     network, eps = network_of(name), 0.05 if name == "linear residual" else 0.12
     x = jax.random.uniform(jax.random.key(5), (12, 4, 4, 1))

@@ -128,20 +128,24 @@ def test_end_to_end_bounds_are_within_a_hundredth_of_the_oracle(kind):
 
 
 def _deep():
-    """Networks of six to eight layers: name, level, input, layers before the last one, and the activation."""
+    """Networks of six to eight layers by name: level, input, layers before the last one, and the activation."""
     conv, down = (3, 1, 1), (4, 2, 1)  # kernel, stride, padding
     narrow = [16, 8, 16, 8, 16, 8, 16]
     six = [(4, *conv), (4, *conv), (4, *down), (6, *conv), (6, *conv), (6, *down), 8]
-    yield "8 dense, ReLU, probabilistic", "probabilistic", (10,), [12] * 7, "relu"
-    yield "8 dense, clipped, deterministic", "deterministic", (10,), narrow, "clipped"
-    yield "6C2F, clipped, deterministic", "deterministic", (8, 8, 1), six, "clipped"
-    yield "4C3F, ReLU, probabilistic", "probabilistic", (4, 4, 2), [*six[1:3], *six[4:6], 10, 8], "relu"
+    return {
+        "8 dense, ReLU, probabilistic": ("probabilistic", (10,), [12] * 7, "relu"),
+        "8 dense, clipped, deterministic": ("deterministic", (10,), narrow, "clipped"),
+        "6C2F, clipped, deterministic": ("deterministic", (8, 8, 1), six, "clipped"),
+        "4C3F, ReLU, probabilistic": ("probabilistic", (4, 4, 2), [*six[1:3], *six[4:6], 10, 8], "relu"),
+    }
 
 
-@pytest.mark.parametrize(
-    ("level", "shape", "layers", "activation"), [d[1:] for d in _deep()], ids=[d[0] for d in _deep()]
-)
-def test_deep_networks_are_bounded_within_a_hundredth_of_the_oracle(level, shape, layers, activation):
+DEEP = _deep()
+
+
+@pytest.mark.parametrize("name", oracles.slow_but(DEEP, *(DEEP.keys() - {"6C2F, clipped, deterministic"})))
+def test_deep_networks_are_bounded_within_a_hundredth_of_the_oracle(name):
+    level, shape, layers, activation = DEEP[name]
     network = oracles.network_of(shape, layers, activation, seed=0)
     x = oracles.random_inputs(network, 0, 1)
     label = predictions(network, x)
@@ -284,7 +288,7 @@ def test_the_ledger_keeps_the_largest_gap_and_counts_each_start_once():
 
 
 @pytest.mark.parametrize("level", ["probabilistic", "estimate"])
-@pytest.mark.parametrize("kind", ["dense clipped", "dense pairs"])
+@pytest.mark.parametrize("kind", oracles.slow_but(["dense clipped", "dense pairs"], "dense pairs"))
 def test_constants_of_logits_and_of_a_margin_are_those_of_the_oracle(kind, level):
     network, x, _ = case(kind, shift=0.3)
     features, options = oracle_lipschitz(network, x, 0.1), {"level": level, "key": KEY}
@@ -326,7 +330,7 @@ def test_a_constant_of_what_is_not_there_is_refused():
             lipjax.local_lipschitz(network, jnp.asarray(x), 0.1, of=of, key=KEY)
 
 
-@pytest.mark.parametrize("kind", ["dense clipped", "conv relu"])
+@pytest.mark.parametrize("kind", oracles.slow_but(["dense clipped", "conv relu"], "dense clipped"))
 def test_level_estimate_is_one_procedure_traced_or_not(kind):
     network, x, label = case(kind, shift=0.3)
     host = Certifier(network, BATCH, level="estimate", key=KEY)

@@ -180,7 +180,7 @@ def test_restored_model_is_an_ordinary_flax_model(finished):
     assert run.checkpoint["epoch"] == 3
 
 
-@pytest.mark.parametrize("method", ["local_gloro", "local_dual"])
+@pytest.mark.parametrize("method", ["local_gloro", pytest.param("local_dual", marks=pytest.mark.slow)])
 def test_steps_compile_once_in_a_whole_run(method, tmp_path):
     run = runs.Run(shrunk(method), tmp_path)
     state = run.spread(run.initial_state())

@@ -1,6 +1,7 @@
 """Activations with weights in place of masks: boxes, weights, minima and rounding, by grids, samples and attacks."""
 
 import functools
+import itertools
 import json
 import pathlib
 
@@ -170,11 +171,12 @@ def network_of(name, seed=0, scale=1.0):
     return chain(*operations[:-1])
 
 
-@pytest.mark.parametrize("name", ALL)
-@pytest.mark.parametrize("level", ["deterministic", "probabilistic"])
+SHORT = ("silu", "prelu")  # one that is smooth and one of pieces
+LONG = [pytest.param(name, "deterministic", marks=pytest.mark.slow) for name in ALL if name not in SHORT]
+
+
+@pytest.mark.parametrize(("name", "level"), [*itertools.product(SHORT, ("deterministic", "probabilistic")), *LONG])
 def test_jacobians_and_samples_obey_constants_and_margins(name, level):
-    if level == "probabilistic" and name not in ("gelu", "prelu"):
-        pytest.skip("one smooth activation and one of pieces stand for all")
     network, eps = network_of(name), 0.3
     rng = np.random.default_rng(1)
     x = jnp.asarray(rng.uniform(size=(4, 6)), jnp.float32)
@@ -233,7 +235,7 @@ def test_the_dual_proves_more_than_the_forward_pass_and_no_more_than_an_attack()
     network = network_of("gelu", scale=2.0)
     x = jnp.asarray(np.random.default_rng(3).uniform(size=(12, 6)), jnp.float32)
     label = jnp.argmax(network(x), axis=1)
-    options = {"level": "deterministic"}
+    options = {"level": "deterministic", "dual_steps": 30}
     local = np.asarray(lipjax.certified_radius(network, x, label, stages=("local",), **options))
     dual = np.asarray(lipjax.certified_radius(network, x, label, stages=("local", "dual"), **options))
     assert (dual >= local).all()
@@ -263,7 +265,7 @@ def test_gradients_of_a_pass_are_finite_and_those_of_differences(name):
         np.testing.assert_allclose(slope, (ahead - behind) / 2e-6, rtol=2e-3)
 
 
-@pytest.mark.parametrize("name", ["gelu", "prelu"])
+@pytest.mark.parametrize("name", oracles.slow_but(["gelu", "prelu"], "prelu"))
 def test_a_run_trains_and_is_certified_with_an_activation_by_name(name, tmp_path):
     """Local norms and the dual, by the config key alone; slopes of PReLU are trained."""
     small = {"model__architecture": "mlp", "model__activation": name, "schedule__epochs": 3, "certify__limit": 0}

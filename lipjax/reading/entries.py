@@ -8,12 +8,8 @@ from collections.abc import Callable
 
 import numpy as np
 
-from lipjax.reading.expressions import Expression, equal
+from lipjax.reading.expressions import Expression, UnsupportedError, equal
 from lipjax.reading.values import Value
-
-
-class UnsupportedError(TypeError):
-    """An operation that cannot be read, named with its place."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -28,6 +28,10 @@ Expression = Any  # "x", a Constant, or a tuple
 CLOSE = 2.0**-22  # of constants that a pattern computes, such as sqrt(2 / pi): a few roundings of float32
 
 
+class UnsupportedError(TypeError):
+    """What cannot be read, named: an operation with its place, or an activation with its parameters."""
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Constant:
     """An array that broadcasts to one example."""
@@ -90,7 +94,11 @@ def affine(expression: Expression) -> tuple[Any, Any] | None:
 
 
 def match(expression: Expression) -> tuple[Expression, Activation] | None:
-    """The argument of an activation, an expression, and the activation that an expression is; or None."""
+    """The argument of an activation, an expression, and the activation that an expression is; or None.
+
+    Raises:
+        UnsupportedError: it is one with parameters that are not supported.
+    """
     for pattern in _patterns():
         found: dict[str, Any] = {}
         if _unify(pattern.expression, expression, found):
@@ -182,6 +190,7 @@ def _patterns() -> tuple[Pattern, ...]:
         (lambda x: 1 / (1 + jnp.exp(-x)), SigmoidActivation),
         (lambda x, a: jnp.where(x >= 0, x, a * x), _leaky),
         (lambda x, a: jnp.where(x > 0, x, a * x), _leaky),
+        (lambda x, a: jax.nn.elu(x, a), _elu),
         (lambda x, a: jnp.maximum(x, a * x), lambda a: _leaky(a) if _within(a, 0, 1) else None),
         (lambda x, a, b: jnp.minimum(jnp.maximum(x, a), b), lambda a, b: ClipActivation(*map(_float, (a, b)))),
         (lambda x, a, b: jnp.maximum(jnp.minimum(x, b), a), _other_clip),
@@ -234,6 +243,14 @@ def _float(value: Any) -> Array:
 
 def _leaky(a: Any) -> LeakyReLUActivation:
     return LeakyReLUActivation(_float(a))
+
+
+def _elu(a: Any) -> Activation | None:
+    """Where the parameter is known, so that a message can name it; None elsewhere."""
+    try:
+        return activations.elu(np.asarray(a).item()) if tracing.known(a) and np.size(a) == 1 else None
+    except TypeError as error:
+        raise UnsupportedError(str(error)) from error
 
 
 def _other_clip(a: Any, b: Any) -> Activation | None:

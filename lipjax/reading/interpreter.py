@@ -18,8 +18,8 @@ from jax import lax
 
 from lipjax.networks.maxmin import MaxMinActivation
 from lipjax.reading import expressions, linear, tracing
-from lipjax.reading.entries import Entry, UnsupportedError, axis_of, drops, moves, same, same_places
-from lipjax.reading.expressions import Constant
+from lipjax.reading.entries import Entry, axis_of, drops, moves, same, same_places
+from lipjax.reading.expressions import Constant, UnsupportedError
 from lipjax.reading.settling import Settler
 from lipjax.reading.tracing import Equation, Trace
 from lipjax.reading.values import Value

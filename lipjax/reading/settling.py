@@ -7,8 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from lipjax.reading import expressions
-from lipjax.reading.entries import UnsupportedError
-from lipjax.reading.expressions import Constant, Expression
+from lipjax.reading.expressions import Constant, Expression, UnsupportedError
 from lipjax.reading.values import Value
 
 

@@ -31,7 +31,7 @@ def tiny(seed, activation="relu"):
 
 
 def exact_margins(network, x, label, eps):
-    """The least margins (3,) over a grid of the disc, whose points are a hundredth of the radius apart."""
+    """The least margins (3,) over a grid of the disc, of which each point has one within a hundredth of the radius."""
     exact = oracles.DenseNetwork(network)
 
     def margins(points):

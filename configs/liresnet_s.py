@@ -15,13 +15,8 @@ from lipjax.experiments import defaults
 
 
 def get_config(method=None):
-    config = defaults.cifar10(method or "gloro")
-    if method is None:
-        config.method.loss = "emma"
+    config = defaults.cifar10_emma(method)
     config.model.architecture = "liresnet_s"
     config.model.activation = "maxmin"
-    config.eps_train = 3 * 36 / 255
     config.schedule.epochs = 30
-    config.schedule.warmup = 0.0
-    config.schedule.ramp = 0.5
     return config

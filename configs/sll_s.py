@@ -16,12 +16,7 @@ from lipjax.experiments import defaults
 
 
 def get_config(method=None):
-    config = defaults.cifar10(method or "gloro")
-    if method is None:
-        config.method.loss = "emma"
+    config = defaults.cifar10_emma(method)
     config.model.architecture = "sll_s"
-    config.eps_train = 3 * 36 / 255
     config.schedule.epochs = 200
-    config.schedule.warmup = 0.0
-    config.schedule.ramp = 0.5
     return config

@@ -255,6 +255,22 @@ def test_the_constant_of_a_convex_potential_is_rounded_up(a):
     assert exact <= Fraction(float(block.frozen().lipschitz)) <= exact * (1 + Fraction(1, 10**6))
 
 
+def test_a_kernel_that_is_not_a_number_certifies_nothing():
+    for bad in (np.nan, np.inf):
+        kernel = jnp.eye(3).at[0, 1].set(bad)
+        block = lipjax.convex_potential(lipjax.dense(kernel, jnp.zeros(3), (3,)))
+        assert float(block.frozen().lipschitz) == np.inf
+        network = lipjax.chain(block, lipjax.dense(jnp.eye(3)[:, :2], jnp.ones(2), (3,)), input_shape=(3,))
+        found = lipjax.certify(network, jnp.ones((1, 3)), jnp.asarray([0]), 0.0, level="deterministic")
+        assert not bool(found.certified[0])
+
+
+def test_a_norm_that_is_not_a_number_is_no_constant_of_1(monkeypatch):
+    monkeypatch.setattr(lipjax.Dense, "whole_norm", lambda self: np.nan)
+    block = lipjax.convex_potential(lipjax.dense(0.5 * jnp.eye(3), jnp.zeros(3), (3,)))
+    assert float(block.frozen().lipschitz) == np.inf
+
+
 def test_a_convex_potential_that_may_overflow_inside_certifies_nothing():
     """Its outputs are about 1e38, but the products of 60 entries add up to 4e38 before the bias is added."""
     size, big = 60, 7e37

@@ -130,9 +130,7 @@ def _transformed(layer: Affine, entering: Region, unit: float) -> Array:
     """
     relative = layer.transform_error(unit)
     assert relative is not None
-    lower, upper = entering.box
-    largest = length(jnp.maximum(jnp.abs(lower), jnp.abs(upper)))
-    size = jnp.minimum(largest, length(entering.center) + entering.ball)
+    size = jnp.minimum(length(_largest(entering)), length(entering.center) + entering.ball)
     norm = layer.absolute_norm() * unit  # of what the bias is added to
     return MORE * (relative + norm) * size
 

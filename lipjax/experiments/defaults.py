@@ -141,3 +141,14 @@ def tiny_imagenet(method: str | None, default: str = "local_bcp") -> Any:
     config.probe.size = 4
     config.certify.batch_size = 50
     return config
+
+
+def cifar10_emma(method: str | None) -> Any:
+    """What the runs on CIFAR-10 with the EMMA loss share: its radius grows to 3 times eps over the first half."""
+    config = cifar10(method or "gloro")
+    if method is None:
+        config.method.loss = "emma"
+    config.eps_train = 3 * config.eps
+    config.schedule.warmup = 0.0
+    config.schedule.ramp = 0.5
+    return config

@@ -60,12 +60,16 @@ class Circular(Affine):
     @property
     def terms(self) -> int:
         """So many products in one sum round no less than the transforms and products here, relative to ``||W||``."""
-        channels = 2 * max(self.in_shape[-1], self.out_shape[-1]) + 2
-        return math.ceil(2 * self._steps + channels**1.5) + 1
+        return math.ceil(2 * self._steps + self._products**1.5) + 1
 
     @property
     def adjoint_terms(self) -> int:
         return self.terms
+
+    @property
+    def _products(self) -> int:
+        """The most products that are summed up at one frequency, on the way there or back, and two more."""
+        return 2 * max(self.in_shape[-1], self.out_shape[-1]) + 2
 
     @property
     def _steps(self) -> float:
@@ -94,10 +98,6 @@ class Circular(Affine):
         positive = found > 0
         return jnp.where(positive, jnp.sqrt(jnp.where(positive, found, 1)), found)
 
-    def row(self, index: Array | int) -> Array:
-        one_hot = jnp.zeros(math.prod(self.out_shape), self.dtype).at[index].set(1)
-        return self.adjoint()(one_hot.reshape(self.out_shape)).ravel()
-
     def transform_error(self, unit: float) -> Array:
         """Both transforms, each with a radix-p step for each prime factor p of the image's sides, and the products.
 
@@ -111,8 +111,7 @@ class Circular(Affine):
         matrices, squares = self._matrices, jnp.sum(self.symbol**2, axis=(0, 3, 4))
         gram = jnp.einsum("hwio,hwjo->hwij", matrices, matrices, precision=HIGHEST)
         norm = jnp.sqrt(highest(jnp.sum(jnp.abs(gram), axis=-1).ravel()))  # at least ||W||, by the Schur test
-        channels = 2 * max(self.in_shape[-1], self.out_shape[-1]) + 2
-        products = gamma(channels, unit) * jnp.sqrt(2 * highest(squares.ravel()))
+        products = gamma(self._products, unit) * jnp.sqrt(2 * highest(squares.ravel()))
         return (2 * of_transform * norm + products) * (1 + of_transform) ** 2 * (1 + SLACK)
 
     def partial(self, r: Array) -> Array:

@@ -58,7 +58,8 @@ class ConvexPotentialActivation(Activation):
             matrix = np.asarray(layer.matrix(), np.float64)
             finite = np.isfinite(matrix).all()
             norm = float(np.linalg.norm(matrix, 2)) * (1 + FFT_ROUNDING) if finite else math.inf
-        bound = max(1.0, 2 * norm**2 * (1 + FFT_ROUNDING) - 1)
+        bound = 2 * norm * norm * (1 + FFT_ROUNDING) - 1
+        bound = math.inf if math.isnan(bound) else max(1.0, bound)  # a norm that is not a number is no bound
         constant = np.float32(bound)
         if float(constant) < bound:  # as float32 they would be equal
             constant = np.nextafter(constant, np.float32(np.inf))

@@ -118,8 +118,8 @@ def test_what_float32_rounds_in_an_activation_is_needed():
     class Off(IdentityActivation):
         """Whose float32 is off by as much as it declares."""
 
-        def errors(self, lower, upper):
-            return jnp.full_like(lower, 0.5)
+        def errors(self, before):
+            return jnp.full_like(before.center, 0.5)
 
     layer = dense(jnp.ones((1, 1)), jnp.zeros(1), (1,))
     network = chain(layer, Off(), dense(jnp.asarray([[-2.0, 0.0]]), jnp.zeros(2), (1,)))

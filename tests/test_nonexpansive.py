@@ -16,6 +16,7 @@ import lipjax
 from lipjax.bounds import rounding
 from lipjax.networks import folding, parametrizations
 from lipjax.networks.layers import Bilinear
+from lipjax.networks.regions import Region
 
 FLOAT32 = {"atol": 2e-6}
 
@@ -282,6 +283,50 @@ def test_a_convex_potential_that_may_overflow_inside_certifies_nothing():
     assert not np.isfinite(network(x)).all()
     found = lipjax.certify(network, x, jnp.asarray([1]), 1e-3, level="deterministic", stages=("local",))
     assert not bool(found.certified[0])
+
+
+def summed_in_turn(terms):
+    """Sums of the rows of float32 products, added one after the other, each rounded."""
+    return np.add.accumulate(np.asarray(terms, np.float32), axis=1, dtype=np.float32)[:, -1]
+
+
+@pytest.mark.parametrize("radius", [0.0, 0.1])
+def test_what_float32_rounds_in_a_convex_potential_is_within_its_errors(radius):
+    """Inference may add up in any order: here one after the other."""
+    rng = np.random.default_rng(0)
+    kernels = {
+        "alike": np.full((900, 3), 1 / np.sqrt(2700) * 0.99),
+        "random": np.linalg.qr(rng.normal(size=(600, 200)))[0],
+        "signs": rng.choice([-1.0, 1.0], (700, 20)) / 50,
+    }
+    for name, kernel in kernels.items():
+        kernel = np.float32(kernel)
+        center = np.float32(rng.uniform(0.5, 1, len(kernel)))
+        if name == "alike":  # beyond 8 each addition of such products loses 0.49 of a last place
+            center = np.full(len(kernel), np.float32((18_000 + 0.49) * 2.0**-20 / kernel[0, 0]))
+        block = lipjax.convex_potential(lipjax.dense(kernel, jnp.full(kernel.shape[1], 0.1), center.shape)).frozen()
+        assert float(block.lipschitz) < 1 + 1e-6
+        away = rng.normal(size=center.shape)
+        z = np.float32(center + radius * away / np.linalg.norm(away))
+        hidden = np.maximum(summed_in_turn(kernel.T * z) + np.float32(0.1), 0)
+        ours = z - 2 * summed_in_turn(kernel * hidden)
+        with jax.enable_x64(True):
+            wide = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), block)
+            exact = np.asarray(wide(jnp.asarray(z, jnp.float64)))
+            around = jnp.asarray(center, jnp.float64)
+            reach = radius + 1e-6
+            finite, every = jnp.asarray(True), jnp.ones(center.shape, bool)
+            known = Region(around - reach, around + reach, around, jnp.asarray(reach), every, finite)
+            each = np.asarray(wide.errors(known))
+            together = float(wide.error_norm(known, each))
+            by_box = float(wide.error_norm(known.without_ball(), each))
+        off = np.abs(ours - exact)
+        assert (off <= each).all(), name
+        assert 0 < np.linalg.norm(off) <= together <= by_box, name
+        if name == "alike" and radius == 0:
+            assert np.linalg.norm(off) > together / 20
+        if name == "random":  # entry by entry the norm of |A| counts twice
+            assert together < np.linalg.norm(each) / 2
 
 
 def test_gradients_are_finite_where_nothing_varies_and_where_there_is_no_kernel():

@@ -18,6 +18,7 @@ from lipjax.networks import masks
 from lipjax.networks.activations import Activation
 from lipjax.networks.graph import Network
 from lipjax.networks.layers import Affine
+from lipjax.networks.linear_maps import length
 from lipjax.networks.regions import Preactivation, Region
 
 
@@ -77,16 +78,18 @@ class Float32Inference(Arithmetic):
         return masks.rounded_up(rows)
 
     def activated(self, activation: Activation, before: Preactivation, after: Region) -> tuple[Region, Array | None]:
-        errors = activation.errors(*before.box)
+        errors = activation.errors(before)
         if errors is None:
             return after, None
-        errors = jnp.broadcast_to(rounding.MORE * errors, after.center.shape)
-        widened = rounding.without_overflow(rounding.widen_by(after, errors), activation.partial(*before.box))
+        errors = jnp.broadcast_to(errors, after.center.shape)
+        together, errors = rounding.MORE * activation.error_norm(before, errors), rounding.MORE * errors
+        widened = rounding.widen_by(after, errors, together)
+        widened = rounding.without_overflow(widened, activation.partial(*before.box))
         return rounding.without_overflow(widened, jnp.abs(jnp.stack(widened.box))), errors
 
     def sum(self, joined: Region, first: Region, second: Region) -> tuple[Region, Array]:
         slack = rounding.sum_errors(joined, first, second)
-        widened = rounding.widen_by(joined, slack)
+        widened = rounding.widen_by(joined, slack, length(slack))
         return rounding.without_overflow(widened, jnp.abs(jnp.stack(widened.box))), slack
 
     def constant(self, network: Network, sigmas: Sequence[Array] | Array) -> Array:

@@ -179,14 +179,19 @@ def sum_errors(joined: Region, *addends: Region) -> Array:
     return jnp.where(slack == 0, 0, slack + 2 * SMALLEST32)
 
 
-def widen_by(region: Region, slack: Array) -> Region:
-    """The region of what is computed entry by entry, a sum or an activation, box and ball widened by what is rounded.
+def widen_by(region: Region, slack: Array, together: Array) -> Region:
+    """The region behind a sum or an activation, box and ball widened by what is rounded.
 
     A constant is one in float32 and in exact arithmetic, but not the same: unless nothing is rounded, it counts as
     varying.
+
+    Args:
+        region: in exact arithmetic.
+        slack: how far each entry may be off.
+        together: how far all of them may be off in the l2 norm.
     """
     lower, upper = region.box
-    radius = UP * (region.ball + length(slack))
+    radius = UP * (region.ball + together)
     live = region.live | ~(slack == 0)
     return dataclasses.replace(region, lower=lower - slack, upper=upper + slack, radius=radius, live=live)
 

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from lipjax.networks.linear_maps import length
 from lipjax.networks.pieces import Piece, least, lowest
 from lipjax.networks.regions import Known
 
@@ -66,9 +67,17 @@ class Activation:
         """
         return self.live_rows(lower, upper)
 
-    def errors(self, lower: Array, upper: Array) -> Array | None:
-        """How far each float32 output may be from the exact one for the same input anywhere in a box; None: exact."""
+    def errors(self, before: Known) -> Array | None:
+        """How far each float32 output may be from the exact one for the same input, wherever it is; None: exact.
+
+        Args:
+            before: what is known before the activation, of one example; float32 inputs are in its box and its ball.
+        """
         return None
+
+    def error_norm(self, before: Known, errors: Array) -> Array:
+        """How far all outputs together may be off in the l2 norm: that of their ``errors``, unless more is known."""
+        return length(errors)
 
     def largest(self, lower: Array, upper: Array) -> Array:
         """For each output: nothing that :meth:`minimum` adds up to it on a box has a larger magnitude."""

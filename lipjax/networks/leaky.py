@@ -48,7 +48,8 @@ class LeakyReLUActivation(Elementwise):
     def live_outputs(self, lower: Array, upper: Array) -> Array:
         return ~((upper <= 0) & (self.slope == 0))
 
-    def errors(self, lower: Array, upper: Array) -> Array:
+    def errors(self, before: Known) -> Array:
+        lower, _ = before.box
         rounded = jnp.where(jnp.abs(self.slope) == 1, 0, UNIT32 * jnp.abs(self.slope)) * jnp.maximum(-lower, 0)
         return jnp.where((self.slope == 0) | (lower >= 0), 0, 2 * (rounded + SMALLEST32))
 

@@ -13,7 +13,8 @@ from jax import Array
 from lipjax.floating_point import SMALLEST32, UNIT32, gamma
 from lipjax.networks.activations import Activation, IdentityActivation, activation
 from lipjax.networks.layers import FFT_ROUNDING, Affine
-from lipjax.networks.regions import Region
+from lipjax.networks.linear_maps import length
+from lipjax.networks.regions import Known, Region
 
 
 @jax.tree_util.register_dataclass
@@ -73,18 +74,54 @@ class ConvexPotentialActivation(Activation):
         spread = 2 * self.layer.absolute_adjoint((high - low) / 2)
         return lower - moved - spread, upper - moved + spread
 
-    def errors(self, lower: Array, upper: Array) -> Array:
-        if self.layer.transform_error(UNIT32) is not None:
-            raise TypeError(
-                f"{type(self.layer).__name__} is computed by transforms; a convex potential has no bound of it"
-            )
+    def errors(self, before: Known) -> Array:
+        return self._rounded(before)[0]
+
+    def error_norm(self, before: Known, errors: Array) -> Array:
+        return self._rounded(before)[1]
+
+    def _rounded(self, before: Known) -> tuple[Array, Array]:
+        """How far each output may be off, and all of them in the l2 norm.
+
+        What A z rounds is passed on by the exact A^T, whose norm is small where that of ``|A^T|`` is not; what the
+        product with A^T rounds is relative to ``|A^T| relu(A z + b)``, of which the center is known.
+        """
+        layer = self.layer
+        if layer.transform_error(UNIT32) is not None:
+            raise TypeError(f"{type(layer).__name__} is computed by transforms; a convex potential has no bound of it")
+        every = jnp.ones(layer.in_shape, bool)
+        norm, magnitudes = jnp.sqrt((self.constant + 1) / 2), layer.absolute_norm()  # of A and |A|, from above
+        (lower, upper), center = before.box, before.center
         largest = jnp.maximum(jnp.abs(lower), jnp.abs(upper))
-        hidden, added = self._magnitudes(largest)
-        within = gamma(self.layer.terms + 1, UNIT32) * hidden + SMALLEST32 * self.layer.flushed(largest)
-        tiny = SMALLEST32 * (self.layer.absolute_adjoint(jnp.ones_like(hidden)) + self.layer.adjoint_terms + 2)
-        of_products = gamma(self.layer.adjoint_terms + 4, UNIT32)
-        passed = self.layer.absolute_adjoint(within + of_products * (hidden + within))
-        return 2 * passed + 2 * UNIT32 * (largest + added + 2 * passed) + 4 * (1 + jnp.max(hidden)) * tiny
+        ball = length(jnp.maximum(upper - center, center - lower))
+        if before.radius is not None:
+            ball = jnp.minimum(ball, before.radius)
+
+        around = layer.absolute(jnp.abs(center)) + jnp.abs(layer.shift)
+        sums = layer.absolute(largest) + jnp.abs(layer.shift)
+        sums = jnp.minimum(sums, around + layer.magnitude_row_norms(every) * ball)
+        flushed = SMALLEST32 * layer.flushed(largest)
+        relative = gamma(layer.terms + 1, UNIT32)
+        within = relative * sums + flushed
+        within_all = relative * jnp.minimum(length(sums), length(around) + magnitudes * ball) + length(flushed)
+
+        at_center = layer(center)
+        hidden = at_center + layer.row_norms(every) * ball
+        hidden = jnp.maximum(jnp.minimum(hidden, layer((lower + upper) / 2) + layer.absolute((upper - lower) / 2)), 0)
+        at_center = jnp.maximum(at_center, 0)
+        hidden_all = jnp.minimum(length(hidden), length(at_center) + norm * ball)
+
+        relative = gamma(layer.adjoint_terms + 4, UNIT32)
+        products = layer.absolute_adjoint(hidden + within)
+        products_all = length(layer.absolute_adjoint(at_center)) + magnitudes * (norm * ball + within_all)
+        moved = jnp.minimum(layer.absolute_adjoint(within), norm * within_all) + relative * products
+        moved_all = norm * within_all + relative * jnp.minimum(length(products), products_all)
+
+        tiny = SMALLEST32 * (layer.absolute_adjoint(jnp.ones_like(hidden)) + layer.adjoint_terms + 2)
+        tiny = 4 * (1 + jnp.max(sums)) * tiny
+        results = largest + 2 * products + 2 * moved
+        results_all = length(center) + ball + 2 * norm * hidden_all + 2 * moved_all
+        return 2 * moved + 2 * UNIT32 * results + tiny, 2 * moved_all + 2 * UNIT32 * results_all + length(tiny)
 
     def largest(self, lower: Array, upper: Array) -> Array:
         largest = jnp.maximum(jnp.abs(lower), jnp.abs(upper))

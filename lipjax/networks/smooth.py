@@ -64,7 +64,8 @@ class Smooth(Activation):
         steepest = functools.reduce(jnp.maximum, map(jnp.abs, self._at(self.slope, self.bends, lower, upper)))
         return jnp.minimum((steepest + WIDE) / self.slope_limit, 1)
 
-    def errors(self, lower: Array, upper: Array) -> Array:
+    def errors(self, before: Known) -> Array:
+        lower, upper = before.box
         return self.float32_error * (1 + jnp.maximum(jnp.abs(lower), jnp.abs(upper)))
 
     def largest(self, lower: Array, upper: Array) -> Array:
@@ -121,8 +122,8 @@ class Saturating(Smooth):
 
     float32_error = 2.0**-18
 
-    def errors(self, lower: Array, upper: Array) -> Array:
-        return jnp.full_like(lower, self.float32_error)
+    def errors(self, before: Known) -> Array:
+        return jnp.full_like(before.center, self.float32_error)
 
     def phase(self, region: Known) -> Array:
         return Activation.phase(self, region)  # it has no side where it passes nothing on

@@ -13,7 +13,7 @@ from lipjax.experiments import defaults
 
 
 def get_config(method=None):
-    config = defaults.cifar10(method or "gloro")
+    config = defaults.cifar10(method, default="gloro")
     config.model.architecture = "6c2f"
     config.model.activation = "maxmin"
     config.model.layers = "cayley"

@@ -13,9 +13,7 @@ from lipjax.experiments import defaults
 
 
 def get_config(method=None):
-    config = defaults.base(method, default="dual")
-    if method is None:
-        config.method.loss = "crm"
+    config = defaults.base(method, default="dual", loss="crm")
     config.data.name = "digits"
     config.data.validation = 0  # too few images to choose an epoch by: the last one is kept
     config.model.architecture = "small_cnn"

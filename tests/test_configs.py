@@ -148,9 +148,27 @@ TABLE_3 = {
 }
 
 
+# What a config trains without a method: the paper's, or what certified more (results/methods)
+DEFAULTS = {
+    "digits": ("dual", "crm"),
+    "mnist_4c3f": ("dual", "la"),
+    "cifar10_6c2f": ("local_bcp", "cross_entropy"),
+    "cayley_6c2f": ("gloro", "gloro"),
+    "liresnet_s": ("gloro", "emma"),
+}
+
+
+@pytest.mark.parametrize("name", DEFAULTS)
+def test_the_loss_of_a_default_is_not_that_of_its_method_by_name(name):
+    method, loss = DEFAULTS[name]
+    for suffix, expected in (("", loss), (f":{method}", defaults.METHODS[method]["loss"])):
+        found = settings.parse([f"--config={FOLDER / name}.py{suffix}"]).method
+        assert (found.name, found.loss) == (method, expected)
+
+
 @pytest.mark.parametrize("name", TABLE_3)
 def test_configs_hold_the_numbers_of_table_3(name):
-    config = settings.parse([f"--config={FOLDER / name}.py"])
+    config = settings.parse([f"--config={FOLDER / name}.py:{TABLE_3[name][0]}"])
     plan = config.schedule
     epochs = tuple(round(plan.epochs * part, 6) for part in (plan.warmup, plan.ramp, plan.constant, 1))
     found = (

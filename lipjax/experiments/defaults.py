@@ -42,13 +42,14 @@ NUMBERS = {
 OWN = {"norms": "own", "margins": "own", "loss": "own"}  # of a user's method, which says all of them itself
 
 
-def base(method: str | None, default: str = "local_gloro") -> Any:
+def base(method: str | None, default: str = "local_gloro", loss: str | None = None) -> Any:
     """A config with every key: a method, or the default one, and values that a config overrides.
 
     Args:
         method: a name of :data:`METHODS`, or ``package.module:name`` of a user's own: from
             :class:`lipjax.training.objectives.Iterations` to an objective.
         default: the method where none is given.
+        loss: and its loss in place of its own.
 
     Raises:
         ValueError: an unknown name.
@@ -61,6 +62,8 @@ def base(method: str | None, default: str = "local_gloro") -> Any:
     config.eps = 0.0  # radius that is certified, in [0, 1] pixels
     config.eps_train = 0.0  # radius at the end of the ramp
     config.method = ConfigDict({"name": name, **METHODS.get(name, OWN)})
+    if method is None and loss is not None:
+        config.method.loss = loss
     config.init = config_dict.placeholder(str)  # folder of a run whose weights are the initial ones
     config.data = ConfigDict({"name": "", "validation": 5000})
     config.data.crop_padding = 0  # random crops of images padded by so many zeros, and random flips; 0: neither
@@ -103,9 +106,9 @@ def add_sparsity(config: Any, weight: float, weight_theta: float) -> None:
         config.sparsity.weight_theta = weight_theta
 
 
-def cifar10(method: str | None) -> Any:
+def cifar10(method: str | None, default: str = "local_bcp", loss: str | None = None) -> Any:
     """What the runs on CIFAR-10 share."""
-    config = base(method, default="local_bcp")
+    config = base(method, default, loss)
     config.data.name = "cifar10"
     config.data.crop_padding = 4
     config.eps = 36 / 255
@@ -145,9 +148,7 @@ def tiny_imagenet(method: str | None, default: str = "local_bcp") -> Any:
 
 def cifar10_emma(method: str | None) -> Any:
     """What the runs on CIFAR-10 with the EMMA loss share: its radius grows to 3 times eps over the first half."""
-    config = cifar10(method or "gloro")
-    if method is None:
-        config.method.loss = "emma"
+    config = cifar10(method, default="gloro", loss="emma")
     config.eps_train = 3 * config.eps
     config.schedule.warmup = 0.0
     config.schedule.ramp = 0.5

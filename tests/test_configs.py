@@ -80,7 +80,8 @@ def check(name, method, folder, monkeypatch, *, interrupted):
     runs.train(config, folder, resume=True)
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [row["epoch"] for row in rows] == list(range(1, EPOCHS + 1))
-    assert rows[-1]["loss"] < rows[0]["loss"]
+    first = next(row for row in rows if row.get("eps") == rows[-1].get("eps"))  # in the mean of epoch 1 eps still grows
+    assert rows[-1]["loss"] < first["loss"]
     summary = certifying.certify_run(folder, limit=8, batch_size=8, level="estimate")
     assert summary["method"] == method
     assert 0 <= summary["certified_accuracy"] <= summary["pgd_accuracy"] <= summary["clean_accuracy"] <= 1

@@ -119,27 +119,6 @@ def test_help_shows_examples(name):
     assert f"python {name}" in done.stdout
 
 
-def test_mnist_config_holds_the_numbers_of_table_3():
-    config = settings.parse([MNIST])
-    assert (config.method.name, config.model.architecture, config.model.activation) == (
-        "local_gloro",
-        "4c3f",
-        "clipped_relu",
-    )
-    assert (config.eps, config.eps_train, config.model.theta, config.seed) == (1.58, 1.58, 1.0, 0)
-    schedule = config.schedule
-    assert (schedule.epochs, schedule.batch_size, schedule.learning_rate, schedule.learning_rate_end) == (
-        300,
-        256,
-        1e-3,
-        5e-6,
-    )
-    assert [schedule.epochs * part for part in (schedule.warmup, schedule.ramp, schedule.constant)] == [0, 150, 150]
-    assert config.power_iteration.num_iters == 5
-    assert config.data.validation == 5000
-    assert settings.parse([MNIST + ":local_bcp"]).method.margins == "box_and_ball"
-
-
 def test_config_survives_the_run_folder(tmp_path):
     config = settings.parse([MNIST, "--config.data.dir=somewhere"])
     settings.save(config, tmp_path)

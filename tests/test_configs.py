@@ -180,3 +180,5 @@ def test_configs_hold_the_numbers_of_table_3(name):
     assert found == TABLE_3[name]
     assert config.eps == (1.58 if name == "mnist_4c3f" else 36 / 255)  # and not 0.141
     assert config.data.crop_padding == (0 if name == "mnist_4c3f" else 4)
+    assert (config.data.validation, config.seed) == (5000, 0)
+    assert config.model.theta == (2.0 if name == "cifar10_6c2f" else 1.0)

@@ -329,6 +329,21 @@ def test_what_float32_rounds_in_a_convex_potential_is_within_its_errors(radius):
             assert together < np.linalg.norm(each) / 2
 
 
+def test_a_sum_of_products_that_begins_with_the_input_is_covered():
+    """1,000 products of 1e-6, of which each that is subtracted from a number near 1 rounds it."""
+    kernel = np.full((1, 1000), 0.99 / np.sqrt(1000), np.float32)
+    bias, z = np.float32(1e-6 - kernel[0]), np.ones(1, np.float32)
+    block = lipjax.convex_potential(lipjax.dense(jnp.asarray(kernel), jnp.asarray(bias), (1,))).frozen()
+    products = 2 * kernel * np.maximum(np.float32(kernel[0] * z + bias), 0)
+    ours = summed_in_turn(np.concatenate([z[None], -products], axis=1))
+    with jax.enable_x64(True):
+        wide, at = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.float64), block), jnp.asarray(z, jnp.float64)
+        known = Region(at, at, at, jnp.zeros(()), jnp.ones(1, bool), jnp.asarray(True))
+        off, each = np.abs(ours - np.asarray(wide(at))), np.asarray(wide.errors(known))
+        together = float(wide.error_norm(known, each))
+    assert 10 * 2.0**-24 < off[0] <= min(each[0], together)
+
+
 def test_gradients_are_finite_where_nothing_varies_and_where_there_is_no_kernel():
     def spread(kernel, width):
         layer = lipjax.circular(kernel, jnp.zeros(2), (3, 2, 1))

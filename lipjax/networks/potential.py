@@ -84,7 +84,8 @@ class ConvexPotentialActivation(Activation):
         """How far each output may be off, and all of them in the l2 norm.
 
         What A z rounds is passed on by the exact A^T, whose norm is small where that of ``|A^T|`` is not; what the
-        product with A^T rounds is relative to ``|A^T| relu(A z + b)``, of which the center is known.
+        product with A^T rounds is relative to ``|A^T| relu(A z + b)``, of which the center is known. Its sum may begin
+        with x, which is rounded as often as the products then.
         """
         layer = self.layer
         if layer.transform_error(UNIT32) is not None:
@@ -119,9 +120,10 @@ class ConvexPotentialActivation(Activation):
 
         tiny = SMALLEST32 * (layer.absolute_adjoint(jnp.ones_like(hidden)) + layer.adjoint_terms + 2)
         tiny = 4 * (1 + jnp.max(sums)) * tiny
-        results = largest + 2 * products + 2 * moved
-        results_all = length(center) + ball + 2 * norm * hidden_all + 2 * moved_all
-        return 2 * moved + 2 * UNIT32 * results + tiny, 2 * moved_all + 2 * UNIT32 * results_all + length(tiny)
+        size = length(center) + ball
+        of_sum = 2 * UNIT32 * (2 * products + 2 * moved) + (relative + 2 * UNIT32) * largest
+        of_sum_all = 2 * UNIT32 * (2 * norm * hidden_all + 2 * moved_all) + (relative + 2 * UNIT32) * size
+        return 2 * moved + of_sum + tiny, 2 * moved_all + of_sum_all + length(tiny)
 
     def largest(self, lower: Array, upper: Array) -> Array:
         largest = jnp.maximum(jnp.abs(lower), jnp.abs(upper))

@@ -160,11 +160,12 @@ DEFAULTS = {
 
 
 @pytest.mark.parametrize("name", DEFAULTS)
-def test_the_loss_of_a_default_is_not_that_of_its_method_by_name(name):
+def test_a_default_may_have_a_loss_of_its_own(name):
     method, loss = DEFAULTS[name]
     for suffix, expected in (("", loss), (f":{method}", defaults.METHODS[method]["loss"])):
         found = settings.parse([f"--config={FOLDER / name}.py{suffix}"]).method
         assert (found.name, found.loss) == (method, expected)
+    assert settings.parse([f"--config={FOLDER / name}.py:local_bcp"]).method.margins == "box_and_ball"
 
 
 @pytest.mark.parametrize("name", TABLE_3)
